@@ -1,0 +1,90 @@
+"""The WKV operator of RWKV-4 (Peng et al., 2023, eq. 16): a decaying, weighted average over time.
+
+    y_t = (sum_{i<t} e^{(t-1-i)w + k_i} v_i + e^{u + k_t} v_t) / (the same sum without v)
+
+A ladder of implementations, each tested against the one before: `wkv_reference` (a loop over T),
+`torch` (`scan.py`: parallel over T, no compiler) and `cpu` (`cpu.py`: C++, built at first use).
+
+B batch, T time, C channels.
+"""
+
+import torch
+from torch import Tensor
+
+from models.ops.scan import EMPTY, wkv_scan
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def wkv(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Average v (B, T, C) with weights from k (B, T, C), decay w (C,) < 0 and bonus u (C,).
+
+    k and v are float32, float16 or bfloat16; w, u and state are float32 (float64 throughout works
+    too). state (B, 3, C) is numerator, denominator and running maximum of the exponent after the
+    steps seen so far; None is the empty one, (0, 0, -1e38). Returns y (B, T, C) in the dtype of k
+    and the state after the last step. All five inputs are differentiable. backend is "auto",
+    "cpu", "torch" or "reference". Raises ValueError for shapes and dtypes that do not fit, and for
+    a backend that cannot be had.
+    """
+    _check(w, u, k, v, state)
+    rung = live_backend(k.device, backend)
+    if rung == "reference":
+        return wkv_reference(w, u, k, v, state)
+    return wkv_scan(w, u, k, v, state)
+
+
+def live_backend(device: torch.device | str, backend: str = "auto") -> str:
+    """Name the rung ("cpu", "torch" or "reference") that `wkv` would run on device.
+
+    Raises ValueError when the backend asked for cannot be had.
+    """
+    if backend not in ("auto", "cpu", "torch", "reference"):
+        raise ValueError(f"unknown WKV backend {backend!r}: use auto, cpu, torch or reference")
+    return "torch" if backend == "auto" else backend
+
+
+def wkv_reference(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The recurrence as the paper states it, one step at a time; arguments and results as `wkv`."""
+    if state is None:
+        a = b = torch.zeros_like(k[:, 0], dtype=w.dtype)
+        p = torch.full_like(a, EMPTY)
+    else:
+        a, b, p = state.unbind(1)
+    ys = []
+    for k_t, v_t in zip(k.to(w.dtype).unbind(1), v.to(w.dtype).unbind(1), strict=True):
+        top = torch.maximum(p, u + k_t)
+        past, now = torch.exp(p - top), torch.exp(u + k_t - top)
+        ys.append((past * a + now * v_t) / (past * b + now))
+        top = torch.maximum(p + w, k_t)
+        past, now = torch.exp(p + w - top), torch.exp(k_t - top)
+        a, b, p = past * a + now * v_t, past * b + now, top
+    return torch.stack(ys, dim=1).to(k.dtype), torch.stack((a, b, p), dim=1)
+
+
+def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> None:
+    if k.dim() != 3 or 0 in k.shape or k.shape != v.shape:
+        raise ValueError(
+            f"wkv: k and v must share one shape (B, T, C) without a zero, "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if k.dtype != v.dtype or k.dtype not in _DTYPES:
+        raise ValueError(
+            f"wkv: k and v must share one dtype of float32, float16 or bfloat16, "
+            f"got {k.dtype} and {v.dtype}"
+        )
+    B, _, C = k.shape
+    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    expected = {"w": (w, (C,)), "u": (u, (C,))}
+    if state is not None:
+        expected["state"] = (state, (B, 3, C))
+    for name, (x, shape) in expected.items():
+        if x.shape != shape or x.dtype != wide:
+            raise ValueError(
+                f"wkv: {name} must be {shape} of {wide}, got {tuple(x.shape)} of {x.dtype}"
+            )
+        if x.device != k.device:
+            raise ValueError(f"wkv: {name} is on {x.device} but k is on {k.device}")
