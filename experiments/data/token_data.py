@@ -1,0 +1,275 @@
+"""Prepared tokens, the order in which a run sees them, and the data module that serves them.
+
+Batch i is a pure function of (data seed, i). The training tokens are cut into slots of ctx_len + 1
+tokens that share their borders; a keyed permutation, evaluated at one point in constant time,
+orders the slots of each epoch. Seeking costs nothing, and workers, devices and micro-batches only
+decide who loads which part of the same batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from experiments.data.tokenizer import Tokenizer
+
+IGNORED = -100  # target of a position that is not scored
+
+
+class TokenData:
+    """A prepared folder: `meta`, `fingerprint`, `tokenizer`, and the id arrays `train`, `val`.
+
+    Raises FileNotFoundError or ValueError in one line when the folder is incomplete, damaged or
+    truncated.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.meta: dict[str, Any] = json.loads(self._read("meta.json"))
+        self.fingerprint: str = self.meta["fingerprint"]
+        self.vocab_size: int = self.meta["vocab_size"]
+        self.tokenizer = Tokenizer.from_json(self._read("tokenizer.json"))
+        if self.tokenizer.hash != self.meta["tokenizer_hash"]:
+            raise ValueError(
+                f"{self.path}/tokenizer.json was changed: delete {self.path} and prepare again"
+            )
+        self.train = self._tokens("train")
+        self.val = self._tokens("val")
+
+    @classmethod
+    def open(cls, path: str | Path) -> TokenData:
+        """Opens what `prepare` made."""
+        try:
+            return cls(path)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}/meta.json is damaged ({error!r}): delete {path} and prepare again"
+            ) from None
+
+    def __reduce__(self) -> tuple[Callable[..., TokenData], tuple[Path]]:
+        return TokenData.open, (self.path,)  # a worker maps the files itself
+
+    def _read(self, name: str) -> str:
+        file = self.path / name
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"no prepared data at {self.path} ({name} is missing): prepare it again"
+            )
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{file} is damaged: delete {self.path} and prepare again") from None
+
+    def _tokens(self, split: str) -> np.ndarray:
+        part, dtype = self.meta[split], np.dtype(self.meta["dtype"])
+        file = self.path / part["path"]  # an absolute path stands for itself
+        if not file.is_file():
+            raise FileNotFoundError(f"token file {file} is missing: prepare the data again")
+        size, needed = (
+            file.stat().st_size,
+            part.get("file_bytes", part["n_tokens"] * dtype.itemsize),
+        )
+        if size != needed:
+            raise ValueError(
+                f"token file {file} has {size} bytes instead of {needed}: prepare again"
+            )
+        offset = part["offset"] * dtype.itemsize
+        return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=(part["n_tokens"],))
+
+    def verify(self) -> None:
+        """Reads every token and raises ValueError when they are not those that were prepared."""
+        for split, tokens in (("train", self.train), ("val", self.val)):
+            digest = hashlib.sha256()
+            for start in range(0, len(tokens), 1 << 22):
+                digest.update(tokens[start : start + (1 << 22)].data)
+            if digest.hexdigest() != self.meta[split]["sha256"]:
+                raise ValueError(
+                    f"{self.path}: the {split} tokens are damaged; delete it and prepare again"
+                )
+
+
+def permute(n_slots: int, seed: int, epoch: int, i: int) -> int:
+    """The slot at position i of an epoch: a bijection of range(n_slots) for each (seed, epoch).
+
+    A Feistel network over a grid barely larger than n_slots; points outside are walked along their
+    cycle until they fall inside.
+    """
+    width = math.isqrt(n_slots - 1) + 1
+    height = -(-n_slots // width)
+    keys = _round_keys(seed, epoch)
+    while True:
+        row, column = divmod(i, width)
+        for even, odd in keys:
+            column = (column + _mix(row ^ even)) % width
+            row = (row + _mix(column ^ odd)) % height
+        i = row * width + column
+        if i < n_slots:
+            return i
+
+
+@lru_cache(maxsize=8)
+def _round_keys(seed: int, epoch: int) -> tuple[tuple[int, int], ...]:
+    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=64).digest()
+    words = [int.from_bytes(digest[j : j + 8], "little") for j in range(0, 64, 8)]
+    return tuple(zip(words[::2], words[1::2], strict=True))
+
+
+def _mix(x: int) -> int:
+    # multiply and fold twice: every input bit reaches the returned upper half
+    x = (x * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x ^= x >> 29
+    x = (x * 0xD6E8FEB86659FD93) & 0xFFFFFFFFFFFFFFFF
+    return x >> 32
+
+
+class TrainWindows(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Sample n >= 0 of a run, without end -> inputs and targets, (ctx_len,) int64 each."""
+
+    def __init__(self, data: TokenData, ctx_len: int, seed: int) -> None:
+        self.data, self.ctx_len, self.seed = data, ctx_len, seed
+        self.n_slots = (len(data.train) - 1) // ctx_len
+        if self.n_slots < 1:
+            raise ValueError(
+                f"{data.path} has {len(data.train)} training tokens, fewer than"
+                f" ctx_len + 1 = {ctx_len + 1}: lower ctx_len or take more data"
+            )
+
+    def slot(self, n: int) -> int:
+        """The slot that sample n reads."""
+        epoch, i = divmod(n, self.n_slots)
+        return permute(self.n_slots, self.seed, epoch, i)
+
+    def __getitem__(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        start = self.slot(n) * self.ctx_len
+        ids = _ids(self.data, self.data.train[start : start + self.ctx_len + 1])
+        return ids[:-1], ids[1:]
+
+
+class ValWindows(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Window i of the held-out tokens -> inputs and targets, (ctx_len,) int64.
+
+    Every token but the first is a target once. Targets beyond the end are -100 and inputs there 0;
+    so is all of a window past the last, which fills up a rank.
+    """
+
+    def __init__(self, data: TokenData, ctx_len: int) -> None:
+        self.data, self.ctx_len = data, ctx_len
+        if len(data.val) < ctx_len + 1:
+            raise ValueError(
+                f"{data.path} has {len(data.val)} held-out tokens, fewer than"
+                f" ctx_len + 1 = {ctx_len + 1}: lower ctx_len or raise data.val_tokens"
+            )
+
+    def __len__(self) -> int:
+        return -(-(len(self.data.val) - 1) // self.ctx_len)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        start = i * self.ctx_len
+        ids = _ids(self.data, self.data.val[start : start + self.ctx_len + 1])
+        inputs = torch.zeros(self.ctx_len, dtype=torch.int64)
+        targets = torch.full((self.ctx_len,), IGNORED)
+        n_targets = max(0, len(ids) - 1)
+        inputs[:n_targets], targets[:n_targets] = ids[:n_targets], ids[1:]
+        return inputs, targets
+
+
+def _ids(data: TokenData, tokens: np.ndarray) -> torch.Tensor:
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < data.vocab_size:
+        raise ValueError(
+            f"{data.path} holds ids outside its vocabulary of {data.vocab_size}: it is damaged"
+        )
+    return ids
+
+
+class MicroBatches:
+    """Sample numbers of one rank's micro-batches from step `first_step` on, without end."""
+
+    def __init__(
+        self, batch_size: int, micro_batch_size: int, rank: int, world_size: int, first_step: int
+    ) -> None:
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.rank, self.world_size, self.first_step = rank, world_size, first_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self.first_step * self.batch_size + self.rank * self.micro_batch_size
+        while True:
+            yield list(range(start, start + self.micro_batch_size))
+            start += self.micro_batch_size * self.world_size
+
+
+class TokenDataModule(lightning.pytorch.LightningDataModule):
+    """Serves batches of batch_size sequences, micro-batch by micro-batch, from the global step on.
+
+    Needs `Trainer(use_distributed_sampler=False)`. `trainer` may be absent: one device, step 0.
+    Raises ValueError when ctx_len does not fit the data or the batch does not divide into micro-
+    batches (see `accumulate`).
+    """
+
+    def __init__(
+        self,
+        data: TokenData,
+        ctx_len: int,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.data, self.ctx_len, self.num_workers = data, ctx_len, num_workers
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.train_windows = TrainWindows(data, ctx_len, seed)
+        self.val_windows = ValWindows(data, ctx_len)
+        self.accumulate(1)
+
+    def accumulate(self, world_size: int) -> int:
+        """Micro-batches per device and optimizer step."""
+        per_pass = self.micro_batch_size * world_size
+        if self.batch_size < 1 or self.micro_batch_size < 1 or self.batch_size % per_pass:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of"
+                f" micro_batch_size={self.micro_batch_size} x {world_size} devices: change either"
+            )
+        return self.batch_size // per_pass
+
+    def batch_samples(self, step: int) -> range:
+        """Sample numbers of a step's batch; `train_windows[n]` shows each."""
+        return range(step * self.batch_size, (step + 1) * self.batch_size)
+
+    def _place(self) -> tuple[int, int, int]:
+        if self.trainer is None:
+            return 0, 1, 0
+        return self.trainer.global_rank, self.trainer.world_size, self.trainer.global_step
+
+    def train_dataloader(self) -> DataLoader:
+        rank, world_size, step = self._place()
+        self.accumulate(world_size)
+        order = MicroBatches(self.batch_size, self.micro_batch_size, rank, world_size, step)
+        return self._loader(self.train_windows, order)
+
+    def val_dataloader(self) -> DataLoader:
+        rank, world_size, _ = self._place()
+        n_windows = -(-len(self.val_windows) // world_size)
+        mine = [rank + j * world_size for j in range(n_windows)]
+        size = self.micro_batch_size
+        return self._loader(
+            self.val_windows, [mine[j : j + size] for j in range(0, n_windows, size)]
+        )
+
+    def _loader(self, windows: Dataset, batches: Any) -> DataLoader:
+        return DataLoader(
+            windows,
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
