@@ -1,6 +1,7 @@
 """What every command line entry shares: Hydra composes conf/<name>.yaml, and an error is one line.
 
-Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted. Set HYDRA_FULL_ERROR=1 to see tracebacks.
+Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted.
+Set HYDRA_FULL_ERROR=1 to see tracebacks.
 """
 
 import os
@@ -58,7 +59,7 @@ def guard(function: Callable[[], Any]) -> None:
 
 
 def entry(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """Decorator: turn ``task(cfg)`` into a command line entry configured by ``conf/<name>.yaml``."""
+    """Decorator: turn ``task(cfg)`` into a command line entry configured by conf/<name>.yaml."""
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         composed = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=name)

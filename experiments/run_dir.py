@@ -1,6 +1,6 @@
 """A run directory: the only interface between training, evaluation, benchmarks and analysis.
 
-Named by content (suite, model, overrides), never by the clock. Its files are listed in CONTRIBUTING.md.
+Named by content (suite, model, overrides), never by the clock. CONTRIBUTING.md lists its files.
 """
 
 import fcntl
@@ -78,6 +78,17 @@ def run_tag(overrides: Sequence[str], seed: int) -> str:
     return safe
 
 
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A config as plain Python values, resolved.
+
+    Raises:
+        MissingMandatoryValue: if one that the user must give is still ``???``.
+    """
+    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
 def covers(keys: Sequence[str], key: str) -> bool:
     """True if ``key`` is one of ``keys`` or lies below one of them."""
     return any(key == k or key.startswith(k + ".") for k in keys)
@@ -147,8 +158,7 @@ class RunDir:
         Raises:
             ValueError: if the directory holds training of a different config, with the difference.
         """
-        frozen = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        assert isinstance(frozen, dict)
+        frozen = plain(config)
         check_targets(frozen)
         for part in (str(frozen["suite"]), str(frozen["model"]["name"])):
             if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*", part):
@@ -163,7 +173,7 @@ class RunDir:
         )
         if (path / "config.yaml").is_file():
             run = cls(path)
-            difference = config_difference(OmegaConf.to_container(run.config), frozen)  # type: ignore[arg-type]
+            difference = config_difference(plain(run.config), frozen)
             if difference and run.has_training:
                 shown = "; ".join(difference[:5]) + ("; ..." if len(difference) > 5 else "")
                 raise ValueError(
@@ -183,7 +193,7 @@ class RunDir:
             raise ValueError(f"{self.path / 'config.yaml'} is not readable YAML: {error}") from None
         if not isinstance(config, DictConfig):
             raise ValueError(f"{self.path / 'config.yaml'} is not a mapping")
-        check_targets(OmegaConf.to_container(config), str(self.path / "config.yaml"))
+        check_targets(plain(config), str(self.path / "config.yaml"))
         return config
 
     def _read_json(self, name: str) -> dict[str, Any] | None:

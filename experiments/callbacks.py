@@ -1,0 +1,361 @@
+"""What happens around the steps of a run: its log, checkpoints, progress bar and signals."""
+
+import csv
+import math
+import os
+import signal
+import statistics
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from tqdm import tqdm
+
+from experiments.lit_lm import LitLM
+from experiments.run_dir import write_text
+
+COLUMNS = (
+    "step",
+    "tokens",
+    "time_s",
+    "lr",
+    "train/loss",
+    "train/grad_norm",
+    "val/loss",
+    "val/bpb",
+    "perf/tokens_per_s",
+    "perf/mfu",
+    "perf/peak_mem_bytes",
+)
+
+
+class MetricsFile:
+    """``metrics.csv``: append-only, one flushed line a row, the source of truth of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rewind(self, step: int) -> None:
+        """Drop rows after ``step`` (a resume trains them again) and a last line cut by a crash."""
+        kept = [row for row in self.rows() if int(row["step"]) <= step]
+        lines = [",".join(COLUMNS), *(",".join(row[c] for c in COLUMNS) for row in kept)]
+        write_text(self.path, "\n".join(lines) + "\n")
+
+    def append(self, row: dict[str, Any]) -> None:
+        assert row.keys() <= set(COLUMNS)
+        cells = ["" if row.get(c) is None else format_cell(row[c]) for c in COLUMNS]
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(",".join(cells) + "\n")
+
+    def rows(self) -> list[dict[str, str]]:
+        """Complete rows, as text."""
+        if not self.path.is_file():
+            return []
+        with open(self.path, encoding="utf-8", newline="") as file:
+            whole = (line for line in file if line.endswith("\n"))
+            return [
+                row for row in csv.DictReader(whole) if all(row[c] is not None for c in COLUMNS)
+            ]
+
+    def column(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of every row where ``name`` was measured."""
+        return [(int(row["step"]), float(row[name])) for row in self.rows() if row[name]]
+
+
+def format_cell(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.8g}"
+
+
+class LossNotFinite(ArithmeticError):
+    """The loss or gradient became NaN or infinite."""
+
+
+class RunLog(Callback):
+    """Writes metrics.csv (and other loggers), measures speed, stops when the loss is not finite.
+
+    Args:
+        metrics: the file to append to.
+        tokens_per_step: training tokens of one optimizer step, over all devices.
+        flops_per_token: training FLOPs of one token.
+        log_every: steps between training rows.
+    """
+
+    def __init__(
+        self,
+        metrics: MetricsFile,
+        tokens_per_step: int,
+        flops_per_token: int,
+        log_every: int,
+    ) -> None:
+        self.metrics = metrics
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self.log_every = log_every
+        self.pending: list[torch.Tensor] = []  # losses of the steps since the last training row
+        self.time_s = 0.0  # spent training, over all starts of the run
+        self.logged_time_s = 0.0  # time_s at the last training row
+        self.clock: float | None = None  # running since; None while it stands
+
+    def state_dict(self) -> dict[str, Any]:
+        self.tick()
+        return {
+            "pending": [float(loss) for loss in self.pending],
+            "time_s": self.time_s,
+            "logged_time_s": self.logged_time_s,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.pending = [torch.tensor(loss) for loss in state_dict["pending"]]
+        self.time_s = state_dict["time_s"]
+        self.logged_time_s = state_dict["logged_time_s"]
+
+    def tick(self) -> None:
+        """Bring ``time_s`` up to now."""
+        if self.clock is not None:
+            now = time.perf_counter()
+            self.time_s += now - self.clock
+            self.clock = now
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.metrics.rewind(trainer.global_step)
+        self.clock = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        assert isinstance(pl_module, LitLM)
+        if len(pl_module.micro_losses) < trainer.accumulate_grad_batches:
+            return
+        self.pending.append(torch.stack(pl_module.micro_losses).mean())
+        pl_module.micro_losses.clear()
+        if trainer.global_step % self.log_every == 0 or trainer.global_step == trainer.max_steps:
+            self.write_training_row(trainer, pl_module)
+
+    def write_training_row(self, trainer: L.Trainer, module: LitLM) -> None:
+        self.check_finite(trainer, module)
+        loss = trainer.strategy.reduce(torch.stack(self.pending).mean(), reduce_op="mean")
+        self.tick()
+        n_tokens = len(self.pending) * self.tokens_per_step
+        tokens_per_s = n_tokens / (self.time_s - self.logged_time_s)
+        self.logged_time_s = self.time_s
+        self.pending.clear()
+        flops_per_s = tokens_per_s * self.flops_per_token
+        self.write(
+            trainer,
+            {
+                "lr": module.lr,
+                "train/loss": float(loss),
+                "train/grad_norm": float(module.grad_norm),
+                "perf/tokens_per_s": tokens_per_s,
+                "perf/mfu": flops_per_s / (module.peak_flops * trainer.world_size),
+                "perf/peak_mem_bytes": peak_memory_bytes(module.device),
+            },
+        )
+
+    def check_finite(self, trainer: L.Trainer, module: LitLM) -> None:
+        first = trainer.global_step - len(self.pending) + 1
+        losses = torch.stack(self.pending).tolist() if self.pending else []
+        for step, loss in enumerate(losses, first):
+            if not math.isfinite(loss):
+                raise LossNotFinite(f"the loss became {loss} at step {step}")
+        # under float16 an infinite gradient is normal: the scaler skips that step
+        if trainer.precision != "16-mixed" and not math.isfinite(module.grad_norm) and losses:
+            raise LossNotFinite(
+                f"the gradient norm became {float(module.grad_norm)} at step {step}"
+            )
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        assert isinstance(pl_module, LitLM)
+        self.check_finite(trainer, pl_module)  # a bad state never replaces a good checkpoint
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.tick()
+        self.clock = None
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, LitLM)
+        if not trainer.sanity_checking:
+            self.write(trainer, {"val/loss": pl_module.val_loss, "val/bpb": pl_module.val_bpb})
+        self.clock = time.perf_counter()
+
+    def write(self, trainer: L.Trainer, values: dict[str, Any]) -> None:
+        step = trainer.global_step
+        row = {"step": step, "tokens": step * self.tokens_per_step, "time_s": self.time_s, **values}
+        if trainer.is_global_zero:
+            self.metrics.append(row)
+            for logger in trainer.loggers:
+                logger.log_metrics({k: v for k, v in row.items() if v is not None}, step=step)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: allocated on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames, so that a kill or a full disk leaves the old file."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None
+    ) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            cause = error if isinstance(error, OSError) else error.__context__
+            if isinstance(cause, OSError):
+                raise OSError(
+                    cause.errno, f"cannot save {target} ({cause.strerror}); the last one is kept"
+                ) from None
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def checkpoint_callbacks(folder: Path, every_min: float) -> list[Callback]:
+    """best.ckpt by validation loss; last.ckpt every so many minutes."""
+    return [
+        ModelCheckpoint(
+            folder, "best", monitor="val/loss", save_top_k=1, enable_version_counter=False
+        ),
+        ModelCheckpoint(
+            folder,
+            "last",
+            save_top_k=1,
+            train_time_interval=timedelta(minutes=every_min),
+            enable_version_counter=False,
+        ),
+    ]
+
+
+class StopSignal(Callback):
+    """SIGINT or SIGTERM sets a flag; the run saves after the step at hand and leaves.
+
+    Args:
+        checkpoint: where to save.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self.received: int | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:  # the second time means now
+            raise SystemExit(128 + number)
+        self.received = number
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self.received is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        trainer.save_checkpoint(self.checkpoint)
+        if trainer.is_global_zero:
+            print(
+                f"stopped at step {trainer.global_step} and saved; the same command goes on",
+                file=sys.stderr,
+            )
+        raise SystemExit(128 + self.received)
+
+
+class TokenBar(Callback):
+    """A progress bar in tokens; silent when nobody watches.
+
+    Args:
+        name: of the run.
+        tokens_per_step: training tokens of one optimizer step.
+    """
+
+    def __init__(self, name: str, tokens_per_step: int) -> None:
+        self.name = name
+        self.tokens_per_step = tokens_per_step
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.bar = tqdm(
+            total=trainer.max_steps * self.tokens_per_step,
+            initial=trainer.global_step * self.tokens_per_step,
+            desc=self.name,
+            unit="tok",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not (trainer.is_global_zero and sys.stderr.isatty()),
+        )
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self.bar.update(trainer.global_step * self.tokens_per_step - self.bar.n)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, LitLM)
+        bits = "" if pl_module.val_bpb is None else f", {pl_module.val_bpb:.3f} bits/byte"
+        self.bar.set_postfix_str(f"val {pl_module.val_loss:.3f} nats/token{bits}")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.bar.close()
+
+
+def summarise(metrics: MetricsFile, flops_per_token: int) -> dict[str, Any]:
+    """``result.json`` out of metrics.csv: the last values, the best validation, median speeds."""
+    rows = metrics.rows()
+    losses = metrics.column("val/loss")
+    bits = dict(metrics.column("val/bpb"))
+    train = metrics.column("train/loss")
+    speeds = [value for _, value in metrics.column("perf/tokens_per_s")]
+    utilisations = [value for _, value in metrics.column("perf/mfu")]
+    peaks = [value for _, value in metrics.column("perf/peak_mem_bytes")]
+    best_step, best_loss = min(losses, key=lambda pair: pair[1])
+    tokens = int(rows[-1]["tokens"])
+    return {
+        "step": int(rows[-1]["step"]),
+        "tokens": tokens,
+        "flops": tokens * flops_per_token,
+        "time_s": float(rows[-1]["time_s"]),
+        "train/loss": train[-1][1],
+        "val/loss": losses[-1][1],
+        "val/bpb": bits.get(losses[-1][0]),
+        "best": {"step": best_step, "val/loss": best_loss, "val/bpb": bits.get(best_step)},
+        "perf/tokens_per_s": statistics.median(speeds),
+        "perf/mfu": statistics.median(utilisations) if utilisations else None,
+        "perf/peak_mem_bytes": int(max(peaks)),
+    }

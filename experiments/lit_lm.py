@@ -1,0 +1,163 @@
+"""The Lightning module: one loss, one optimizer and one validation for every architecture."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.language_model import LanguageModel
+
+IGNORE = -100  # targets that do not count
+
+
+def cross_entropy(
+    x: Tensor, head: nn.Linear, targets: Tensor, loss: str, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy of ``head(x)`` in nats, over the targets that are not ``IGNORE``.
+
+    Args:
+        x: (B, T, C) features. targets: (B, T) int64.
+        loss: "full" holds the (B*T, V) logits; "chunked" never holds them whole.
+        reduction: "mean" or "sum".
+    """
+    x, targets = x.flatten(0, 1), targets.flatten()
+    if loss == "full":
+        logits = head(x).float()  # (B*T, V)
+        return F.cross_entropy(logits, targets, reduction=reduction, ignore_index=IGNORE)
+    assert loss == "chunked"
+    if torch.is_autocast_enabled(x.device.type):  # the chunked kernel wants one dtype for both
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return F.linear_cross_entropy(
+        x,
+        head.weight.to(x.dtype),
+        targets,
+        reduction=reduction,
+        ignore_index=IGNORE,
+        options=nn.LinearCrossEntropyOptions(),
+    ).float()
+
+
+def max_logit_penalty(x: Tensor, head: nn.Linear, chunk: int = 1024) -> Tensor:
+    """Mean over positions of the squared largest logit, whose gradient reaches that logit alone.
+
+    RWKV-4's trainer adds ``z_max * 1e-4 / (B*T)`` to the gradient of each position's largest logit;
+    5e-5 times this value has that gradient, and as an ordinary loss term it is scaled and
+    accumulated like one. The logits are not held whole.
+
+    Args:
+        x: (B, T, C) features.
+    """
+    x = x.flatten(0, 1)
+    with torch.no_grad():
+        largest = torch.cat([head(part).argmax(-1) for part in x.split(chunk)])  # (B*T,)
+    z_max = (x.float() * head.weight[largest].float()).sum(-1)
+    return z_max.square().mean()
+
+
+class LitLM(L.LightningModule):
+    """Trains and validates a language model.
+
+    Args:
+        model: any LanguageModel.
+        make_optimizer: model -> optimizer, its groups' "lr" being peak rates.
+        schedule: (step, total steps) -> fraction of the peak rate.
+        total_steps: optimizer steps of the whole run.
+        loss: "full" or "chunked".
+        penalty: weight of the max-logit penalty (0: none).
+        grad_clip: largest gradient norm (0: no clipping).
+        token_bytes: (V,) bytes each token stands for; None if unknown.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        make_optimizer: Callable[[LanguageModel], torch.optim.Optimizer],
+        schedule: Callable[[int, int], float],
+        total_steps: int,
+        loss: str = "full",
+        penalty: float = 0.0,
+        grad_clip: float = 1.0,
+        token_bytes: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if loss not in ("full", "chunked"):
+            raise ValueError(f"loss is {loss!r}: choose full or chunked")
+        self.model = model
+        self.make_optimizer = make_optimizer
+        self.schedule = schedule
+        self.total_steps = total_steps
+        self.loss = loss
+        self.penalty = penalty
+        self.grad_clip = grad_clip
+        self.micro_losses: list[
+            Tensor
+        ] = []  # of the optimizer step at hand; the run log empties it
+        self.grad_norm = torch.tensor(math.nan)
+        self.lr = math.nan  # of the optimizer step at hand
+        self.peak_flops = math.nan  # FLOP/s one device can do at most; set by whoever measures it
+        self.register_buffer("token_bytes", token_bytes, persistent=False)
+        self.token_bytes: Tensor | None
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        ids, targets = batch  # (B, T) both
+        x, _ = self.model.features(ids)
+        nats = cross_entropy(x, self.model.head, targets, self.loss)
+        self.micro_losses.append(nats.detach())
+        if self.penalty:
+            return nats + self.penalty * max_logit_penalty(x, self.model.head)
+        return nats
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        self.lr = optimizer.param_groups[0]["lr"]
+        limit = self.grad_clip or math.inf
+        self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Lightning validates after the last step only if it is told that training stops there
+        self.trainer.should_stop = self.trainer.global_step >= self.trainer.max_steps
+
+    def on_validation_epoch_start(self) -> None:
+        # nats, targets, bytes
+        self.val_sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        ids, targets = batch  # (B, T) both
+        x, _ = self.model.features(ids)
+        counted = targets[targets != IGNORE]
+        self.val_sums[0] += cross_entropy(x, self.model.head, targets, self.loss, "sum").double()
+        self.val_sums[1] += counted.numel()
+        if self.token_bytes is not None:
+            self.val_sums[2] += self.token_bytes[counted].sum()
+
+    def on_validation_epoch_end(self) -> None:
+        nats, n_tokens, n_bytes = self.trainer.strategy.reduce(
+            self.val_sums, reduce_op="sum"
+        ).tolist()
+        self.val_loss = nats / n_tokens
+        self.val_bpb = bits_per_byte(nats, n_bytes)
+        # the best-checkpoint callback reads it; metrics.csv is written by the run log
+        self.log("val/loss", self.val_loss, logger=False)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.model)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.schedule(step, self.total_steps)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+
+def bits_per_byte(nats: float, n_bytes: float) -> float | None:
+    """Bits per UTF-8 byte of a text that cost ``nats``; None if its bytes are unknown."""
+    return nats / math.log(2) / n_bytes if n_bytes else None

@@ -1,0 +1,125 @@
+"""What a run is: the data, the model, the code and the machine, for ``manifest.json``."""
+
+import os
+import platform
+import subprocess
+import time
+import warnings
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+
+from experiments.data.token_data import TokenData
+from experiments.run_dir import RunDir, config_hash, plain
+from models.language_model import LanguageModel, count_parameters
+from models.ops.wkv import live_backend
+
+PRECISIONS = {
+    "32-true": torch.float32,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """FLOP/s one device can do at most, and where the figure is from.
+
+    A GPU's is the vendor's for dense matrix products of that precision, where Lightning's table
+    knows the card; else (and on a CPU) it is measured: the best of ten 1024 x 1024 x 1024 products.
+    """
+    dtype = PRECISIONS[precision]
+    if device.type == "cuda":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            known = get_available_flops(device, dtype)
+        if known:
+            return float(known), "vendor"
+    a = torch.randn(1024, 1024, device=device).to(dtype)
+    seconds = []
+    for _ in range(12):
+        start = time.perf_counter()
+        (a @ a).flatten()[0].item()  # reading a value waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(seconds[2:]), "measured"
+
+
+def manifest(
+    run: RunDir, model: LanguageModel, data: TokenData, trainer: L.Trainer
+) -> dict[str, Any]:
+    """What is trained on what, with which code, where (fields: CONTRIBUTING.md)."""
+    cfg, meta = run.config, data.meta
+    device = trainer.strategy.root_device
+    peak, source = peak_flops(device, cfg.precision)
+    kept = ("name", "vocab_size", "n_train_tokens", "n_val_tokens", "n_val_bytes", "xz_bpb")
+    return {
+        "suite": cfg.suite,
+        "model": cfg.model.name,
+        "family": model.family,
+        "name": run.name,
+        "seed": cfg.seed,
+        "config_hash": config_hash(plain(cfg)),
+        "created": run.manifest.get("created") or datetime.now(UTC).isoformat(timespec="seconds"),
+        "data": {
+            **{key: meta[key] for key in kept},
+            "path": os.path.relpath(data.path),
+            "fingerprint": data.fingerprint,
+            "tokenizer": data.tokenizer.kind,
+            "tokenizer_hash": data.tokenizer.hash,
+        },
+        "parameters": count_parameters(model),
+        "n_layer": model.n_layer,
+        "n_embd": model.n_embd,
+        "ctx_len": cfg.ctx_len,
+        "batch_size": cfg.batch_size,
+        "budget_tokens": cfg.budget_tokens,
+        "flops_per_token": model.flops_per_token(cfg.ctx_len),
+        "recipe": {"optim": cfg.optim.name, "schedule": cfg.schedule.name},
+        "precision": cfg.precision,
+        "wkv_backend": live_backend(device) if model.family == "rwkv4" else None,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": L.__version__,
+        },
+        "git": git_state(),
+        "device": {
+            "type": device.type,
+            "name": device_name(device),
+            "n_devices": trainer.world_size,
+            "n_threads": torch.get_num_threads(),
+            "peak_flops": peak,
+            "peak_source": source,
+        },
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the code, and whether tracked files differ from it; None where git cannot tell."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}

@@ -1,0 +1,82 @@
+"""Optimizer and learning-rate schedules: the shared recipe and each family's own.
+
+Sources: RWKV paper (arXiv 2305.13048) appendix G and its training code; Pythia's published configs.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from models.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class WarmupCosine:
+    """Linear warm-up, then half a cosine from the peak to ``final_ratio`` of it."""
+
+    warmup_fraction: float
+    final_ratio: float
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        """Learning rate of optimizer step ``step`` (0-based), as a fraction of the peak."""
+        warmup = max(1, round(self.warmup_fraction * total_steps))
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return self.final_ratio + (1 - self.final_ratio) * cosine
+
+
+@dataclass(frozen=True)
+class ConstantThenExponential:
+    """Constant, then ``peak * (final / peak) ** progress``: the schedule of RWKV-4's trainer."""
+
+    constant_fraction: float
+    peak_lr: float
+    final_lr: float
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        """Learning rate of optimizer step ``step`` (0-based), as a fraction of the peak."""
+        constant = self.constant_fraction * total_steps
+        progress = min(1.0, max(0.0, (step - constant) / max(1.0, total_steps - constant)))
+        return (self.final_lr / self.peak_lr) ** progress
+
+
+Schedule = WarmupCosine | ConstantThenExponential
+
+
+def make_optimizer(
+    model: LanguageModel,
+    *,
+    peak_lr: float,
+    betas: Sequence[float],
+    eps: float,
+    weight_decay: float,
+    lr_scale: bool,
+    fused: bool = True,
+) -> torch.optim.AdamW:
+    """AdamW over the model's own parameter groups; with ``weight_decay=0`` this is Adam.
+
+    Args:
+        lr_scale: multiply the learning rate of each group by the multiplier its model states.
+
+    Raises:
+        ValueError: for a learning rate, beta or decay out of range.
+    """
+    if not (0 < peak_lr < math.inf):
+        raise ValueError(f"optim.peak_lr is {peak_lr}: it must be above 0")
+    if weight_decay < 0:
+        raise ValueError(f"optim.weight_decay is {weight_decay}: it must be 0 or more")
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise ValueError(f"optim.betas is {list(betas)}: two numbers from 0 to below 1 are wanted")
+    groups = [
+        {
+            "params": group["params"],
+            "weight_decay": group["weight_decay"],
+            "lr": peak_lr * (group["lr_scale"] if lr_scale else 1.0),
+        }
+        for group in model.param_groups(weight_decay)
+    ]
+    return torch.optim.AdamW(groups, lr=peak_lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
