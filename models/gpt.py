@@ -50,7 +50,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, self.n_head, 3, C // self.n_head)
         q, k, v = qkv.unbind(3)  # (B, T, H, K)
-        cos, sin = rotary
+        cos, sin = (factor.to(qkv.dtype) for factor in rotary)
         q = rotate(q, cos, sin).transpose(1, 2)  # (B, H, T, K)
         k = rotate(k, cos, sin).transpose(1, 2)
         v = v.transpose(1, 2)
@@ -152,8 +152,8 @@ class GPT(LanguageModel):
                 f"a sequence of {t + T} tokens is longer than this GPT's context of {self.ctx_len}"
             )
         n_pad = None if state is None else state.get("n_pad")
+        rotary, mask = self._positions(ids, t, n_pad)
         x = self.emb(ids)
-        rotary, mask = self._positions(x, t, T, n_pad)
         new: State = {} if n_pad is None else {"n_pad": n_pad}
         for l, block in enumerate(self.blocks):
             past = None if state is None else (state[f"k{l}"], state[f"v{l}"])
@@ -165,10 +165,11 @@ class GPT(LanguageModel):
         return self.ln_out(x), None if state is None else new
 
     def _positions(
-        self, x: Tensor, t: int, T: int, n_pad: Tensor | None
+        self, ids: Tensor, t: int, n_pad: Tensor | None
     ) -> tuple[KeyValue, Tensor | None]:
         """Cosines and sines of the new tokens, and the mask (B or 1, 1, T, t + T) if needed."""
-        place = torch.arange(t + T, device=x.device)
+        T = ids.shape[1]
+        place = torch.arange(t + T, device=ids.device)
         position = place[t:]
         mask = None
         if n_pad is not None or (t > 0 and T > 1):
@@ -179,10 +180,7 @@ class GPT(LanguageModel):
                 mask = mask & real | itself
                 position = (position - n_pad[:, None]).clamp(min=0)  # (B, T)
         angles = rotary_angles(position, self.n_rotary).unsqueeze(-2)  # (B or nothing, T, 1, R/2)
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-        return (angles.cos().to(dtype), angles.sin().to(dtype)), mask
+        return (angles.cos(), angles.sin()), mask
 
     def init_state(self, batch_size: int, n_pad: Tensor | None = None) -> State:
         """The state before any token; the first n_pad[b] positions of row b leave no trace."""

@@ -66,8 +66,9 @@ class TimeMix(nn.Module):
         r = self.receptance(torch.lerp(xx, x, self.time_mix_r))
         if pad is not None:
             k = k.masked_fill(pad, max(PAD_KEY, torch.finfo(k.dtype).min / 2))
-        w = -torch.exp(self.time_decay.float())
-        y, state = wkv(w, self.time_first.float(), k, v, state, self.wkv_backend)
+        wide = torch.promote_types(k.dtype, torch.float32)  # the op's arithmetic, never below
+        w = -torch.exp(self.time_decay.to(wide))
+        y, state = wkv(w, self.time_first.to(wide), k, v, state, self.wkv_backend)
         return self.output(torch.sigmoid(r) * y), state
 
 
@@ -122,7 +123,8 @@ class Block(nn.Module):
         x = x + self.ffn(ffn_x, ffn_previous)
         if state is None:
             return x, None
-        return x, (att_x[:, -1].float(), ffn_x[:, -1].float(), wkv_state)
+        dtype = state[0].dtype
+        return x, (att_x[:, -1].to(dtype), ffn_x[:, -1].to(dtype), wkv_state)
 
 
 class RWKV4(LanguageModel):
@@ -187,16 +189,17 @@ class RWKV4(LanguageModel):
     def init_state(self, batch_size: int, n_pad: Tensor | None = None) -> State:
         """The state before any token; the first n_pad[b] positions of row b leave no trace."""
         B, L, C = batch_size, self.n_layer, self.n_embd
-        device = self.emb.weight.device
-        empty = torch.zeros(B, L, 3, C, device=device)
+        weight = self.emb.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        empty = weight.new_zeros(B, L, 3, C, dtype=dtype)
         empty[:, :, 2] = EMPTY_EXPONENT
         state = {
-            "att_shift": torch.zeros(B, L, C, device=device),
-            "ffn_shift": torch.zeros(B, L, C, device=device),
+            "att_shift": weight.new_zeros(B, L, C, dtype=dtype),
+            "ffn_shift": weight.new_zeros(B, L, C, dtype=dtype),
             "wkv": empty,
         }
         if n_pad is not None:
-            state["n_pad"] = check_n_pad(n_pad, batch_size).to(device)
+            state["n_pad"] = check_n_pad(n_pad, batch_size).to(weight.device)
         return state
 
     def matmul_flops_per_token(self, ctx_len: int) -> int:
