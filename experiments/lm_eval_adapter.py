@@ -1,0 +1,323 @@
+"""Any model of the contract as an lm-eval language model: loglikelihood, rolling, generate_until.
+
+Tokens, prefixes and truncation are those of lm-eval's own `hf` backend, so that scores compare;
+the arithmetic is in `scoring.py` and `models/generation.py`.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from experiments.data.tokenizer import Tokenizer
+from experiments.scoring import Scorer, Tokens, batched
+from models.generation import generate
+from models.language_model import LanguageModel
+
+Request = tuple[Any, list[int], list[int]]  # texts (what lm-eval caches by), context, continuation
+
+
+class LanguageModelLM(TemplateLM):
+    """A `LanguageModel` and its tokenizer behind lm-eval's interface.
+
+    Args:
+        model: in evaluation mode, on the device it is to run on.
+        tokenizer: the one it was trained with.
+        prefix: what stands before a text that has no context: "eot", "newline", or "none" (then
+            the first token only conditions the rest and is not scored itself).
+        dtype, batch_tokens: see `Scorer`.
+        rolling_ctx: window of loglikelihood_rolling in tokens: "trained" (the model's ctx_len,
+            the same for both families), "max" (all the model may see: a whole document in one
+            pass where max_ctx is None), or a number.
+        seed: of the sampling in generate_until, where a task asks for sampling.
+
+    Raises:
+        ValueError: for an unknown option, a window longer than the model's, or a tokenizer that
+            lacks the prefix or does not fit the vocabulary.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        prefix: str = "eot",
+        dtype: str = "float32",
+        rolling_ctx: int | str = "trained",
+        batch_tokens: int = 16384,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if tokenizer.vocab_size > model.vocab_size:
+            raise ValueError(
+                f"the tokenizer makes {tokenizer.vocab_size} ids but the model knows "
+                f"{model.vocab_size}: it is not the tokenizer the model was trained with"
+            )
+        self.model = model
+        self.codec = tokenizer
+        self.prefix = prefix
+        self._prefix_id = prefix_token(tokenizer, prefix)
+        self.rolling_ctx = rolling_window(model, rolling_ctx)
+        self.scorer = Scorer(model, dtype, batch_tokens)
+        self.seed = seed
+        self.n_truncated = 0  # requests that lost tokens on the left since construction
+        self._device = self.scorer.device
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What of this adapter decides the scores, for the record beside them."""
+        return {
+            "prefix": self.prefix,
+            "dtype": self.scorer.dtype,
+            "device": self.device.type,
+            "max_ctx": self.model.max_ctx,
+            "rolling_ctx": self.rolling_ctx,
+        }
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.codec.eot_id
+
+    @property
+    def prefix_token_id(self) -> int | None:
+        return self._prefix_id
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Token ids of a text; no tokenizer of the suite adds special tokens by itself."""
+        return self.codec.encode(string)
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """(log P(continuation | context) in nats, whether greedy decoding gives it) per request.
+
+        Raises:
+            ValueError: if a continuation has no token of its own to score.
+        """
+        pairs: list[Request] = []
+        for request in requests:
+            context, continuation = request.args
+            if context:
+                before, after = self._encode_pair(context, continuation)
+            else:
+                before, after = [], self.tok_encode(continuation)
+            if not before:  # nothing, or only spaces, which went over to the continuation
+                before, after = self._behind_prefix(after)
+            if not after:
+                raise ValueError(
+                    f"{continuation[:40]!r} after {context[-40:]!r} leaves no token to score: "
+                    f"it merges into the text before it, or is one token and prefix={self.prefix}"
+                )
+            pairs.append(((context, continuation), before, after))
+        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """log P(text) in nats, each token scored once, in lm-eval's windows of `rolling_ctx`."""
+        windows: list[Request] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            for before, after in self._windows(self.tok_encode(request.args[0])):
+                windows.append((None, before, after))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        for owner, (score, _) in zip(owners, scores, strict=True):
+            totals[owner] += score
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations as text, cut before the first stop string; greedy unless told to sample.
+
+        Raises:
+            ValueError: for an option it does not know, or more tokens than the context holds.
+        """
+        texts = [""] * len(requests)
+        alike: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            alike.setdefault(repr(request.args[1]), []).append(i)
+        with self._progress(len(requests), "generating", disable_tqdm) as bar:
+            for members in alike.values():
+                for i, text in self._generate_alike([requests[i] for i in members]):
+                    texts[members[i]] = text
+                    self.cache_hook.add_partial("generate_until", requests[members[i]].args, text)
+                    bar.update()
+        return texts
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [(self._fit(before, after), tuple(after)) for _, before, after in requests]
+        with self._progress(len(set(pairs)), "loglikelihoods", disable_tqdm) as bar:
+            answers = self.scorer.score(pairs, bar.update)
+        for (texts, *_), answer in zip(requests, answers, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def _generate_alike(self, requests: list[Instance]) -> Iterator[tuple[int, str]]:
+        """Number and text of each of these requests, which ask for the same options."""
+        options = GenerationOptions.parse(requests[0].args[1])
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        prompts = [(i, self._prompt(r.args[0], options)) for i, r in enumerate(requests)]
+        for batch in batched(
+            prompts, lambda p: len(p[1]) + options.max_tokens, self.scorer.batch_tokens
+        ):
+            answers = self._generate([tokens for _, tokens in batch], options, generator)
+            yield from zip([i for i, _ in batch], answers, strict=True)
+
+    def _generate(
+        self, prompts: list[list[int]], options: "GenerationOptions", generator: torch.Generator
+    ) -> list[str]:
+        # every byte of a stop string may be a token, and the string ends at the newest one
+        tail = max((len(stop.encode()) for stop in options.until), default=0) + 4
+
+        def stopped(row: int, new: list[int]) -> bool:
+            text = self.codec.decode(new[-tail:])
+            return any(stop in text for stop in options.until)
+
+        with self.scorer.autocast():
+            news = generate(
+                self.model,
+                prompts,
+                options.max_tokens,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                generator=generator,
+                eot_id=self.eot_token_id,
+                stop=stopped if options.until else None,
+            )
+        texts = []
+        for new in news:
+            text = self.codec.decode(new)
+            for stop in options.until:
+                text = text.partition(stop)[0]
+            texts.append(text)
+        return texts
+
+    def _prompt(self, context: str, options: "GenerationOptions") -> list[int]:
+        tokens = self.tok_encode(context)
+        if not tokens and self._prefix_id is not None:
+            tokens = [self._prefix_id]
+        if self.model.max_ctx is None:
+            return tokens
+        room = self.model.max_ctx - options.max_tokens
+        if room < 1:
+            raise ValueError(
+                f"max_gen_toks={options.max_tokens} leaves no room for a prompt in this "
+                f"{self.model.family}'s context of {self.model.max_ctx} tokens: lower it "
+                "(tasks.gen_kwargs.max_gen_toks=N)"
+            )
+        self.n_truncated += len(tokens) > room
+        return tokens[-room:]
+
+    def _behind_prefix(self, tokens: list[int]) -> tuple[list[int], list[int]]:
+        """Context and continuation of a text that stands alone; a prefix it has is not doubled."""
+        starts_with_it = len(tokens) > 1 and tokens[0] == self._prefix_id
+        if self._prefix_id is None or starts_with_it:
+            return tokens[:1], tokens[1:]
+        return [self._prefix_id], tokens
+
+    def _windows(self, tokens: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+        first = self._prefix_id
+        if first is None:
+            first, tokens = (tokens[0], tokens[1:]) if tokens else (0, [])
+        size = self.rolling_ctx or max(len(tokens), 1)
+        for window in get_rolling_token_windows(tokens, first, size, context_len=1):
+            yield make_disjoint_window(window)
+
+    def _fit(self, context: list[int], continuation: list[int]) -> Tokens:
+        """The context, cut on the left to what the model may see besides the continuation."""
+        limit = self.model.max_ctx
+        if limit is None or len(context) + len(continuation) <= limit + 1:
+            return tuple(context)  # the last token of the continuation is never an input
+        if len(continuation) > limit:
+            raise ValueError(
+                f"an answer of {len(continuation)} tokens is longer than this "
+                f"{self.model.family}'s context of {limit}"
+            )
+        self.n_truncated += 1
+        return tuple(context[len(continuation) - limit - 1 :])
+
+    def _progress(self, total: int, what: str, disable: bool) -> tqdm:
+        quiet = disable or not sys.stderr.isatty()
+        return tqdm(total=total, desc=what, unit="req", disable=quiet, leave=False)
+
+
+class GenerationOptions(NamedTuple):
+    """lm-eval's generation_kwargs, as far as this suite's generator knows them."""
+
+    until: list[str]
+    max_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+
+    @classmethod
+    def parse(cls, kwargs: dict[str, Any]) -> "GenerationOptions":
+        """Read a task's options; ValueError names one that would be ignored."""
+        rest = dict(kwargs)
+        until = rest.pop("until", None) or []
+        names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+        limits = [rest.pop(name) for name in names if rest.get(name) is not None]
+        temperature = rest.pop("temperature", None)
+        do_sample = rest.pop("do_sample", None)
+        if do_sample is None:
+            do_sample = bool(temperature)
+        top_k, top_p = rest.pop("top_k", None), rest.pop("top_p", None)
+        unknown = [name for name, value in rest.items() if value is not None]
+        if unknown:
+            raise ValueError(
+                f"generation option {', '.join(unknown)} is not supported; supported are until, "
+                "max_gen_toks, do_sample, temperature, top_k, top_p"
+            )
+        return cls(
+            until=[stop for stop in ([until] if isinstance(until, str) else until) if stop],
+            max_tokens=int(limits[0]) if limits else 256,  # lm-eval's default
+            temperature=float(1.0 if temperature is None else temperature) if do_sample else 0.0,
+            top_k=top_k,
+            top_p=top_p,
+        )
+
+
+def prefix_token(tokenizer: Tokenizer, prefix: str) -> int | None:
+    """The id that stands before a text without context, None for no prefix."""
+    if prefix == "none":
+        return None
+    if prefix == "eot":
+        return tokenizer.eot_id
+    if prefix != "newline":
+        raise ValueError(f"prefix must be eot, newline or none, got {prefix!r}")
+    ids = tokenizer.encode("\n")
+    if len(ids) != 1:
+        raise ValueError(f"prefix=newline: this tokenizer makes {len(ids)} tokens of a line end")
+    return ids[0]
+
+
+def rolling_window(model: LanguageModel, rule: int | str) -> int | None:
+    """Tokens of one rolling window under a rule; None: the whole document.
+
+    Raises:
+        ValueError: for an unknown rule, or a number beyond what the model may see.
+    """
+    if rule == "trained":
+        return model.ctx_len
+    if rule == "max":
+        return model.max_ctx
+    if not isinstance(rule, int) or rule < 1:
+        raise ValueError(f"rolling_ctx must be trained, max or a number of tokens, got {rule!r}")
+    if model.max_ctx is not None and rule > model.max_ctx:
+        raise ValueError(
+            f"rolling_ctx={rule} is more than this {model.family} may see ({model.max_ctx})"
+        )
+    return rule
