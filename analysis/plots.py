@@ -1,0 +1,270 @@
+"""The figures of a report: each function takes a Study and returns a Plot."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis import formats as fmt
+from analysis import scaling as laws
+from analysis import style
+from analysis.study import (
+    NothingToShowError,
+    Study,
+    best_variants,
+    generation_protocol,
+    groups,
+    loss_of,
+    mean_generation,
+    mean_scores,
+)
+
+MIN_SIZES_BAND = 4
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure, its title, and what a reader must know beside it."""
+
+    title: str
+    figure: Figure
+    notes: list[str] = field(default_factory=list)
+
+
+@rc_context(style.STYLE)
+def loss_curves(study: Study) -> Plot:
+    """Validation loss against training tokens: one line a model (mean over seeds, range shaded)."""
+    runs, notes = best_variants(study.runs)
+    loss, unit = loss_of(runs)
+    curves = study.curves[study.curves["run"].isin(runs["run"])]
+    curves = curves[curves[loss].notna() & (curves["tokens"] > 0)]
+    if curves.empty:
+        raise NothingToShowError(f"no metrics.csv has {loss}")
+    title = f"{_names(runs)}: validation loss during training"
+    figure, (axes,) = style.new_figure(title, _subtitle(runs, "mean over seeds, range shaded"))
+    lines = curves.groupby(["family", "model", "parameters/total", "tokens"], sort=False)[loss]
+    means = lines.agg(["mean", "min", "max"]).reset_index()
+    for (family, model, total), line in groups(means, "family", "model", "parameters/total"):
+        line = line.sort_values("tokens")
+        tokens, color = line["tokens"], _shade(runs, family, model)
+        label = f"{fmt.family_name(family)} {fmt.short(total)}"
+        dashes = "-" if family != "gpt" else (0, (5, 1.5))
+        point = style.marker(family) if len(line) == 1 else ""
+        axes.plot(tokens, line["mean"], color=color, ls=dashes, marker=point, label=label)
+        if (line["max"] > line["min"]).any():
+            axes.fill_between(tokens, line["min"], line["max"], color=color, alpha=0.2, lw=0)
+    style.log_axis(axes, "x", *style.margins(curves["tokens"], 0.02), fmt.short)
+    _loss_axis(axes, runs, curves[loss], unit)
+    axes.set_xlabel("training tokens")
+    axes.legend(
+        loc="center left", bbox_to_anchor=(1.01, 0.5), ncols=1 + (runs["model"].nunique() > 16)
+    )
+    return Plot(title, figure, notes)
+
+
+@rc_context(style.STYLE)
+def scaling(study: Study) -> Plot:
+    """Final validation loss against parameters and training FLOPs, a power law per family."""
+    runs, notes = best_variants(study.runs)
+    loss, unit = loss_of(runs)
+    title = f"{_names(runs)}: validation loss against parameters and training compute"
+    banded = runs.groupby("family")["parameters/total"].nunique().max() >= MIN_SIZES_BAND
+    more = ["shaded: 95 % prediction band"] if banded else []
+    figure, panels = style.new_figure(title, _subtitle(runs, *more), columns=2)
+    axes_of = (
+        ("parameters/total", "parameters (total)", "N", fmt.short),
+        ("flops", "training FLOPs", "F", style.power_of_ten),
+    )
+    for axes, (key, name, symbol, write) in zip(panels, axes_of, strict=True):
+        low, high = style.margins(runs[key], 0.08)
+        for family, group in groups(runs, "family"):
+            color, label = fmt.family_color(family), fmt.family_name(family)
+            if group[key].nunique() > 1:
+                law = laws.fit_power_law(group[key], group[loss])
+                x = np.geomspace(low, high, 60)
+                y, band_low, band_high = law.predict(x)
+                axes.plot(x, y, color=color, lw=1.6)
+                if law.n_sizes >= MIN_SIZES_BAND:
+                    axes.fill_between(x, band_low, band_high, color=color, alpha=0.13, lw=0)
+                exponent = fmt.interval(-law.b, -law.b_high, -law.b_low).replace("-", "−")
+                label += rf"  $\propto {symbol}^{{\,b}}$, b = {exponent}"
+            axes.plot(group[key], group[loss], "o", color=color, ms=3.5, alpha=0.45, mew=0)
+            means = group.groupby(key)[loss].mean()
+            point = style.marker(family)
+            axes.plot(means.index, means, point, color=color, ms=7.5, mec="white", label=label)
+        style.log_axis(axes, "x", low, high, write)
+        _loss_axis(axes, runs, runs[loss], unit, label=axes is panels[0])
+        axes.set_xlabel(name)
+        axes.legend(loc="upper right")
+    notes.append(
+        "Large marks: mean over seeds; small marks: single runs; lines: least squares in log-log; "
+        "shaded: 95 % prediction band for the mean of one more size (cut at the frame; drawn from "
+        f"{MIN_SIZES_BAND} sizes up, with fewer it fills the panel). Exponents: 95 % intervals."
+    )
+    return Plot(title, figure, notes)
+
+
+@rc_context(style.STYLE)
+def benchmark_scores(study: Study) -> Plot:
+    """The headline metric of every task against parameters, with standard errors and chance."""
+    if study.scores.empty:
+        raise NothingToShowError("no run has eval/*.json; run experiments.evaluate first")
+    runs, notes = best_variants(study.runs)
+    scores = mean_scores(
+        study.scores[study.scores["headline"] & study.scores["run"].isin(runs["run"])]
+    )
+    tasks = list(groups(scores, "task"))
+    columns = min(len(tasks), 4 if len(tasks) > 4 else 3)
+    rows = -(-len(tasks) // columns)
+    title = f"{_names(runs)}: zero-shot benchmarks"
+    about = "mean over seeds; bars: one standard error over documents; dashed: chance"
+    figure, panels = style.new_figure(
+        title, about, rows, columns, width=max(6.4, 3.4 * columns), height=0.9 + 3.1 * rows
+    )
+    for axes, (task, group) in zip(panels, tasks, strict=False):
+        for family, line in groups(group, "family"):
+            line = line.sort_values("parameters/total")
+            axes.errorbar(
+                line["parameters/total"],
+                line["score"],
+                line["stderr"].fillna(0),
+                color=fmt.family_color(family),
+                marker=style.marker(family),
+                mec="white",
+                capsize=2.5,
+                elinewidth=1.2,
+                label=fmt.family_name(family),
+            )
+        chance = group["chance"].iloc[0]
+        if np.isfinite(chance):
+            axes.axhline(chance, color=style.MUTED, ls="--", lw=1.2)
+        sizes = style.margins(runs["parameters/total"], 0.08)
+        style.log_axis(axes, "x", *sizes, fmt.short)
+        axes.set_title(task, size=10.5, loc="left", color=style.INK)
+        axes.set_ylabel(group["metric"].iloc[0].removesuffix(",none").replace("_", " "))
+        axes.set_xlabel("parameters (total)")
+    for axes in panels[len(tasks) :]:
+        axes.set_axis_off()
+    panels[0].legend(loc="best")
+    return Plot(title, figure, notes)
+
+
+@rc_context(style.STYLE)
+def training_throughput(study: Study) -> Plot:
+    """Training tokens per second against parameters, the median over runs with their range."""
+    runs = study.runs[study.runs["perf/tokens_per_s"] > 0]
+    if runs.empty:
+        raise NothingToShowError("no run recorded perf/tokens_per_s")
+    title = f"{_names(runs)}: training throughput"
+    columns = [c for c in ("device/name", "device/n_threads", "precision") if c in runs]
+    devices = runs[columns].drop_duplicates()
+    about = "median over runs, bars: range"
+    if len(devices) == 1:
+        name, threads, precision = devices.reindex(
+            columns=["device/name", "device/n_threads", "precision"]
+        ).iloc[0]
+        about += f" · {fmt.text(name)}, {fmt.text(threads)} threads, {fmt.text(precision)}"
+    figure, (axes,) = style.new_figure(title, about, width=7.2)
+    for family, group in groups(runs, "family"):
+        speed = group.groupby("parameters/total")["perf/tokens_per_s"].agg(["median", "min", "max"])
+        spread = [speed["median"] - speed["min"], speed["max"] - speed["median"]]
+        axes.errorbar(
+            speed.index,
+            speed["median"],
+            spread,
+            color=fmt.family_color(family),
+            marker=style.marker(family),
+            mec="white",
+            capsize=2.5,
+            elinewidth=1.2,
+            label=fmt.family_name(family),
+        )
+    style.log_axis(axes, "x", *style.margins(runs["parameters/total"], 0.08), fmt.short)
+    style.log_axis(axes, "y", *style.margins(runs["perf/tokens_per_s"], 0.08), fmt.short)
+    axes.set_xlabel("parameters (total)")
+    axes.set_ylabel("training tokens per second")
+    axes.legend(loc="best")
+    return Plot(title, figure)
+
+
+@rc_context(style.STYLE)
+def generation_cost(study: Study) -> Plot:
+    """Cumulative seconds, and bytes of state or cache, against tokens generated."""
+    costs = mean_generation(study)
+    costs = costs[costs["n_tokens"] > 0]
+    title = f"{_names(study.runs)}: cost of generating text"
+    about = f"{generation_protocol(study)}; median over repeats and runs"
+    figure, panels = style.new_figure(title, about, columns=2)
+    of_panel = (
+        ("seconds", "cumulative time", fmt.seconds),
+        ("state_bytes", "recurrent state or KV cache", fmt.size_bytes),
+    )
+    for axes, (key, name, write) in zip(panels, of_panel, strict=True):
+        shown = costs[costs[key] > 0]
+        for (family, model, total), line in groups(shown, "family", "model", "parameters/total"):
+            axes.plot(
+                line["n_tokens"],
+                line[key],
+                color=_shade(study.runs, family, model),
+                marker=style.marker(family),
+                ms=4,
+                label=f"{fmt.family_name(family)} {fmt.short(total)}",
+            )
+        style.log_axis(axes, "x", *style.margins(shown["n_tokens"], 0.04), fmt.short)
+        style.log_axis(axes, "y", *style.margins(shown[key]), write, binary=key == "state_bytes")
+        axes.set_xlabel("tokens generated")
+        axes.set_ylabel(name)
+    panels[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return Plot(title, figure)
+
+
+def _names(runs: pd.DataFrame) -> str:
+    names = [fmt.family_name(family) for family in runs["family"].unique()]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _subtitle(runs: pd.DataFrame, *more: str) -> str:
+    """Data, budget and seeds that every run of the figure shares, or their range."""
+    budgets, seeds = runs["tokens"], runs.groupby("model")["seed"].nunique()
+    known = [c for c in ("data/name", "data/tokenizer") if c in runs]
+    data = runs[known].drop_duplicates().astype(str).agg(", ".join, axis=1)
+    tokens = _span(fmt.short(budgets.min()), fmt.short(budgets.max()))
+    n_seeds = _span(str(seeds.min()), str(seeds.max()))
+    one = "" if n_seeds == "1" else "s"
+    parts = [
+        f"data: {'; '.join(data)}",
+        f"{tokens} training tokens a run",
+        f"{n_seeds} seed{one} a size",
+        *more,
+    ]
+    return " · ".join(parts)
+
+
+def _span(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
+
+
+def _shade(runs: pd.DataFrame, family: str, model: str) -> tuple[float, float, float]:
+    mine = runs[runs["family"] == family].drop_duplicates("model").sort_values("parameters/total")
+    models = list(mine["model"])
+    return style.shade(family, models.index(model), len(models))
+
+
+def _loss_axis(
+    axes: Axes, runs: pd.DataFrame, values: pd.Series, unit: str, label: bool = True
+) -> None:
+    """A logarithmic loss axis that also holds the xz reference line, where there is one."""
+    xz = runs["data/xz_bpb"].dropna().unique() if unit == "bits/byte" else np.array([])
+    style.log_axis(axes, "y", *style.margins([*values, *xz]), lambda v: f"{v:.3g}")
+    for level in xz:
+        axes.axhline(level, color=style.MUTED, ls=":", lw=1.4)
+        place = axes.get_yaxis_transform()
+        axes.text(
+            0.01, level, f"xz {level:.2f}", transform=place, ha="left", va="bottom", size=8.5,
+            color=style.MUTED,
+        )  # fmt: skip
+    if label:
+        axes.set_ylabel(f"validation loss ({unit})")

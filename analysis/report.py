@@ -1,0 +1,153 @@
+"""`python -m analysis.report suite=demo` writes runs/demo/report/ and prints its tables.
+
+conf/report/<suite>.yaml (or default.yaml) lists the tables and figures, a function target each.
+"""
+
+import base64
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+ALLOWED = "analysis."
+
+
+def build(suite: str, runs_dir: Path, contents: dict[str, str], allow_mixed: bool) -> Path:
+    """Write the report of one suite and return the path of its index.html; the tables go to stdout.
+
+    ValueError or FileNotFoundError, and nothing written, for a suite without finished runs, runs
+    that do not belong in one table (unless `allow_mixed`), or a target that is no function."""
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", suite):
+        raise ValueError(f"suite={suite!r} is not a folder name; give suite=NAME")
+    folder = runs_dir / suite
+    if not folder.is_dir():
+        known = sorted(p.name for p in runs_dir.glob("*") if p.is_dir())
+        there = f"there are: {', '.join(known)}" if known else "nothing has been trained there"
+        raise FileNotFoundError(f"no suite {suite!r} in {runs_dir}/ ({there})")
+    functions = {name: _target(name, target) for name, target in contents.items()}
+
+    from analysis.study import load_study
+
+    study = load_study(folder, allow_mixed)
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".report-"))
+    try:
+        _write(temporary, suite, study, functions)
+        temporary.chmod(0o755)
+        _swap(temporary, folder / "report")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder / "report" / "index.html"
+
+
+def _write(folder: Path, suite: str, study: Any, functions: dict[str, Callable[..., Any]]) -> None:
+    from analysis.plots import Plot
+    from analysis.study import NothingToShowError
+    from analysis.style import DPI
+
+    sections, absent = [], []
+    for name, function in functions.items():
+        try:
+            item = function(study)
+        except NothingToShowError as reason:
+            absent.append(f"{name}: {reason}")
+            continue
+        section = {"name": name, "title": item.title, "notes": item.notes}
+        if isinstance(item, Plot):
+            image = BytesIO()
+            item.figure.savefig(image, format="png", dpi=DPI)
+            (folder / f"{name}.png").write_bytes(image.getvalue())
+            section["image"] = base64.b64encode(image.getvalue()).decode()
+        else:
+            (folder / f"{name}.csv").write_text(item.frame.to_csv(index=False))
+            (folder / f"{name}.md").write_text(item.markdown())
+            (folder / f"{name}.tex").write_text(item.latex())
+            section["heads"], section["rows"] = item.texts()
+            print(f"\n{item.title}\n\n{item.markdown()}", end="")
+        sections.append(section)
+    for line in absent:
+        print(f"\nnot shown: {line}", end="")
+    (folder / "index.html").write_text(_html(suite, study, sections, absent))
+
+
+def _html(suite: str, study: Any, sections: list[dict[str, Any]], absent: list[str]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    return environment.get_template("report.html.j2").render(
+        suite=suite, n_runs=len(study.runs), n_out=len(study.left_out), sections=sections,
+        absent=absent,
+    )  # fmt: skip
+
+
+def _target(name: str, target: str) -> Callable[..., Any]:
+    """The function behind a target. Only ours: a yaml must not be able to run anything else."""
+    if not re.fullmatch(r"\w+", name) or not str(target).startswith(ALLOWED):
+        raise ValueError(f"contents.{name}={target}: a target must be a function in {ALLOWED}*")
+    try:
+        return hydra.utils.get_method(target)
+    except Exception as error:
+        raise ValueError(f"contents.{name}={target}: {_one_line(error)}") from None
+
+
+def _swap(new: Path, place: Path) -> None:
+    """Put `new` where `place` is; a reader sees the old report or the new one."""
+    if not place.exists():
+        new.rename(place)
+        return
+    old = Path(tempfile.mkdtemp(dir=place.parent, prefix=".report-old-"))
+    place.rename(old / "report")
+    new.rename(place)
+    shutil.rmtree(old)
+
+
+def _one_line(error: BaseException) -> str:
+    parts = [str(error), str(error.__cause__ or "")]
+    return " ".join(" ".join(parts).split()) or type(error).__name__
+
+
+def _guard(function: Callable[[], Any]) -> None:
+    """One `error:` line and exit code 2 for what a user can cause."""
+    try:
+        function()
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _report(cfg: DictConfig) -> None:
+    contents = {name: target for name, target in cfg.contents.items() if target is not None}
+    print(f"\n{build(cfg.suite, Path(cfg.paths.runs), contents, cfg.allow_mixed)}")
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
+def _run(cfg: DictConfig) -> None:
+    _guard(lambda: _report(cfg))  # inside, for Hydra adds lines to what leaves a job
+
+
+def main() -> None:
+    """The command line; conf/report/<suite>.yaml is chosen here, if there is one."""
+    chosen = [a.removeprefix("suite=") for a in sys.argv[1:] if a.startswith("suite=")]
+    named = any(a.startswith("report=") for a in sys.argv[1:])
+    if chosen and not named and chosen[-1] and (CONF / "report" / f"{chosen[-1]}.yaml").is_file():
+        sys.argv.append(f"report={chosen[-1]}")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits by itself
+    _guard(_run)
+
+
+if __name__ == "__main__":
+    main()

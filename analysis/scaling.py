@@ -1,0 +1,181 @@
+"""Power laws of loss against size or compute, and the loss gap of matched pairs, with intervals.
+
+The unit of a fit is a size: repeats (seeds) of a size are averaged first, because what bends a
+curve away from a power law is shared by all seeds of that size, and counting every seed as a point
+would make the intervals too narrow. Student-t intervals: few sizes, wide intervals.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from analysis.runs import REFERENCE, SIZES
+
+LEVEL = 0.95
+MIN_SIZES_IRREDUCIBLE = 6
+MATCH_TOLERANCE = 0.10
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """`y = c + a * x ** -b`; `b_low`, `b_high` and the band are NaN for two sizes."""
+
+    a: float
+    b: float
+    c: float
+    b_low: float
+    b_high: float
+    n_sizes: int
+    n_runs: int
+    r2: float
+    _center: float
+    _covariance: Array  # of (log a at the centre, b[, c])
+    _variance: float  # of log y around the curve
+    _t: float
+
+    def predict(self, x: npt.ArrayLike) -> tuple[Array, Array, Array]:
+        """Loss at x and the 95 % prediction band for the mean loss of one more size there."""
+        x = np.asarray(x, float)
+        power = self.a * x**-self.b
+        y = self.c + power
+        lever = np.log(x) - self._center
+        gradient = [power / y, -lever * power / y]
+        if len(self._covariance) == 3:
+            gradient.append(1 / y)
+        jacobian = np.stack(gradient, axis=-1)
+        variance = np.einsum("...i,ij,...j->...", jacobian, self._covariance, jacobian)
+        half = self._t * np.sqrt(variance + self._variance)
+        return y, y * np.exp(-half), y * np.exp(half)
+
+    @property
+    def note(self) -> str:
+        """How far the interval can be trusted, in words; empty when there is nothing to warn of."""
+        if self.n_sizes == 2:
+            return "2 sizes: a line through two points, no interval"
+        if self.n_sizes == 3:
+            return "3 sizes: one degree of freedom, trust the interval little"
+        return ""
+
+
+def fit_power_law(x: npt.ArrayLike, y: npt.ArrayLike, irreducible: bool = False) -> PowerLaw:
+    """Least squares in log y over distinct sizes x (repeats averaged), c = 0 unless `irreducible`.
+
+    ValueError for fewer than 2 sizes (6 with `irreducible`) and values that are not positive."""
+    from scipy import stats
+
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all()):
+        raise ValueError("a power law needs positive, finite sizes and losses")
+    sizes, which = np.unique(x, return_inverse=True)
+    n = len(sizes)
+    if n < 2:
+        raise ValueError(f"a power law needs at least 2 sizes, there are {n}")
+    if irreducible and n < MIN_SIZES_IRREDUCIBLE:
+        raise ValueError(
+            f"an irreducible term needs at least {MIN_SIZES_IRREDUCIBLE} sizes, there are {n}"
+        )
+    log_y = np.bincount(which, np.log(y)) / np.bincount(which)
+    log_x = np.log(sizes)
+    center = float(log_x.mean())
+    u = log_x - center
+    theta = _solve(u, log_y) if not irreducible else _solve_irreducible(u, log_y)
+    c = float(theta[2]) if irreducible else 0.0
+    power = np.exp(theta[0] - theta[1] * u)
+    jacobian = np.stack([power / (c + power), -u * power / (c + power)], axis=1)
+    if irreducible:
+        jacobian = np.column_stack([jacobian, 1 / (c + power)])
+    residual = log_y - np.log(c + power)
+    freedom = n - len(theta)
+    variance = float(residual @ residual / freedom) if freedom else np.nan
+    covariance = np.linalg.pinv(jacobian.T @ jacobian) * variance
+    t = float(stats.t.ppf(0.5 + LEVEL / 2, freedom)) if freedom else np.nan
+    half = t * float(np.sqrt(covariance[1, 1]))
+    spread = float(((log_y - log_y.mean()) ** 2).sum())
+    return PowerLaw(
+        a=float(np.exp(theta[0] + theta[1] * center)),
+        b=float(theta[1]),
+        c=c,
+        b_low=float(theta[1]) - half,
+        b_high=float(theta[1]) + half,
+        n_sizes=n,
+        n_runs=len(x),
+        r2=1 - float(residual @ residual) / spread if spread else np.nan,
+        _center=center,
+        _covariance=covariance,
+        _variance=variance,
+        _t=t,
+    )
+
+
+def _solve(u: Array, log_y: Array) -> Array:
+    """(log a, b) by the closed form; u is centred."""
+    return np.array([log_y.mean(), -(u @ log_y) / (u @ u)])
+
+
+def _solve_irreducible(u: Array, log_y: Array) -> Array:
+    """(log a, b, c): the best start from a grid over c, then a bounded least-squares refinement."""
+    from scipy import optimize
+
+    def residuals(theta: Array) -> Array:
+        return np.log(theta[2] + np.exp(theta[0] - theta[1] * u)) - log_y
+
+    y = np.exp(log_y)
+    starts = [np.append(_solve(u, np.log(y - c)), c) for c in y.min() * np.linspace(0, 0.98, 25)]
+    start = min(starts, key=lambda theta: float(np.sum(residuals(theta) ** 2)))
+    bounds = ([-np.inf, -np.inf, 0.0], [np.inf, np.inf, y.min()])
+    return optimize.least_squares(residuals, start, bounds=bounds, x_scale="jac").x
+
+
+def matched_pairs(runs: pd.DataFrame, loss: str) -> pd.DataFrame:
+    """One row a pair of a model and the reference family's (GPT's) nearest in size (within 10 % of
+    total or non-embedding parameters or FLOPs): both sides' sizes and mean `loss`, and the gap,
+    model minus reference, with a 95 % t interval over the seeds they share (NaN for one seed)."""
+    families = [f for f in runs["family"].unique() if f != REFERENCE]
+    other = runs[runs["family"] == REFERENCE]
+    if other.empty or not families:
+        return pd.DataFrame()
+    other_sizes = other.groupby("model")[SIZES].first()
+    rows = []
+    for (family, model), mine in runs[runs["family"].isin(families)].groupby(
+        ["family", "model"], sort=False
+    ):
+        mismatch = np.abs(np.log(other_sizes / mine[SIZES].iloc[0])).min(axis=1)
+        if mismatch.min() > MATCH_TOLERANCE:
+            continue
+        # of several within reach, the nearest in total parameters
+        near = other_sizes[mismatch <= MATCH_TOLERANCE]["parameters/total"]
+        partner = (near / mine["parameters/total"].iloc[0]).map(lambda r: abs(np.log(r))).idxmin()
+        theirs = other[other["model"] == partner]
+        row = {"family": family, "model": model, "reference": partner}
+        for measure in SIZES:
+            row[measure] = mine[measure].iloc[0]
+            row[f"reference/{measure}"] = theirs[measure].iloc[0]
+        row["loss"], row["reference/loss"] = mine[loss].mean(), theirs[loss].mean()
+        rows.append(
+            row | seed_gap(mine.groupby("seed")[loss].mean(), theirs.groupby("seed")[loss].mean())
+        )
+    return pd.DataFrame(rows)
+
+
+def seed_gap(mine: pd.Series, theirs: pd.Series) -> dict[str, float | int | str]:
+    """`mine - theirs` over the seeds (index) both have: mean, 95 % paired t interval, note."""
+    from scipy import stats
+
+    difference = (mine - theirs).dropna()
+    n = len(difference)
+    if n == 0:
+        gap = float(mine.mean() - theirs.mean())
+        return _gap(gap, np.nan, 0, "no seed in common: no interval")
+    gap = float(difference.mean())
+    if n == 1:
+        return _gap(gap, np.nan, 1, "one seed: no interval")
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1) * difference.std(ddof=1) / np.sqrt(n))
+    return _gap(gap, half, n, "one degree of freedom" if n == 2 else "")
+
+
+def _gap(gap: float, half: float, n: int, note: str) -> dict[str, float | int | str]:
+    return {"gap": gap, "gap_low": gap - half, "gap_high": gap + half, "n_seeds": n, "note": note}
