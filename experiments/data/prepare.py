@@ -1,9 +1,8 @@
 """Turns a source of text or of ids into a folder of tokens, once, and finds it again.
 
-`prepare` streams: documents are tokenized in batches a few ahead of the writer, so memory does not
-grow with the input. The cores are kept busy by the tokenizers library, whose threads work outside
-Python's lock: there are no worker processes to start, to feed, or to leave behind. All is written
-under a temporary name and renamed at the end.
+The folder's name ends in a hash of what determines its content: identity of the source, tokenizer,
+settings. Everything is written under a temporary name and renamed at the end, so a folder that is
+there is complete.
 """
 
 from __future__ import annotations
@@ -11,16 +10,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import lzma
 import os
 import shutil
 import socket
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -28,15 +25,19 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from tqdm import tqdm
 
-from experiments.data.sources import Piece, TextSource
+from experiments.data.sources import TextSource
+from experiments.data.token_files import TokenSource, check_ids
+from experiments.data.token_stream import (
+    count_bytes,
+    token_arrays,
+    token_dtype,
+    write_tokens,
+    xz_bits_per_byte,
+)
 from experiments.data.tokenizer import Tokenizer
 
 FORMAT = 1  # raised when the same settings would give other tokens
-BATCH_CHARS = 1 << 20
-XZ_BYTES = 16 << 20
-TOKEN_DTYPES = ("uint8", "uint16", "int32")
 
 
 def prepare(
@@ -49,6 +50,7 @@ def prepare(
     """
     settings = _settings(cfg)
     source, tokenizer = _build(settings["source"]), _build(settings["tokenizer"])
+    _check_vocabulary(settings.get("vocab_size"), tokenizer)
     key = _digest(
         {
             "format": FORMAT,
@@ -61,25 +63,31 @@ def prepare(
     final = root / f"{settings['name']}-{key[:12]}"
     if (final / "meta.json").is_file():
         return final
+    if final.exists():
+        raise ValueError(f"{final} is not complete (no meta.json): delete it")
     with _work_folder(final) as work:
-        if not isinstance(tokenizer, Tokenizer):  # a recipe that wants the training text
-            tokenizer = tokenizer(text for text, _ in source.pieces("train"))
-        meta = _write_text(source, tokenizer, settings, work)
-        tokens = {split: meta[split]["sha256"] for split in ("train", "val")}
-        meta["fingerprint"] = _digest(
-            {**tokens, "dtype": meta["dtype"], "tokenizer": tokenizer.hash}
-        )
+        meta, tokenizer = _make(source, tokenizer, settings, work)
         (work / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         (work / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return final
 
 
-def token_dtype(vocab_size: int) -> str:
-    """The smallest type of TOKEN_DTYPES that holds ids below vocab_size."""
-    for dtype in TOKEN_DTYPES:
-        if vocab_size - 1 <= np.iinfo(dtype).max:
-            return dtype
-    raise ValueError(f"vocab_size={vocab_size} does not fit into {TOKEN_DTYPES[-1]}")
+def _make(
+    source: TextSource | TokenSource,
+    tokenizer: Tokenizer | partial[Tokenizer],
+    settings: Mapping[str, Any],
+    work: Path,
+) -> tuple[dict[str, Any], Tokenizer]:
+    is_text = hasattr(source, "pieces")
+    if isinstance(tokenizer, partial):  # a recipe that wants the training text
+        if not is_text:
+            raise ValueError("data that came as ids has its tokenizer already: none can be trained")
+        tokenizer = tokenizer(text for text, _ in cast(TextSource, source).pieces("train"))
+    if is_text:
+        parts = _write_text(cast(TextSource, source), tokenizer, settings, work)
+    else:
+        parts = _refer_to_tokens(cast(TokenSource, source), tokenizer, settings)
+    return _complete(parts, tokenizer, settings), tokenizer
 
 
 def _settings(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -98,6 +106,16 @@ def _settings(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     if val_tokens is not None and val_tokens < 2:
         raise ValueError(f"data.val_tokens={val_tokens}: held-out text needs at least 2 tokens")
     return {str(key): value for key, value in settings.items()}
+
+
+def _check_vocabulary(size: int | None, tokenizer: Tokenizer | partial[Tokenizer]) -> None:
+    """The model's vocabulary follows data.vocab_size; null leaves it to what is prepared."""
+    if isinstance(tokenizer, partial):
+        actual = tokenizer.keywords["vocab_size"]
+    else:
+        actual = tokenizer.vocab_size
+    if size not in (None, actual):
+        raise ValueError(f"data.vocab_size={size}, but the tokenizer has {actual} ids")
 
 
 def _build(node: Any) -> Any:
@@ -174,119 +192,56 @@ def _one_line(error: OSError, message: str) -> OSError:
 def _write_text(
     source: TextSource, tokenizer: Tokenizer, settings: Mapping[str, Any], work: Path
 ) -> dict[str, Any]:
-    dtype = token_dtype(tokenizer.vocab_size)
-    label = settings["name"]
-    arrays = {
-        "val": _tokens(source.pieces("val"), tokenizer, dtype, f"{label}: held-out text", None),
-        "train": _tokens(source.pieces("train"), tokenizer, dtype, label, source.size_hint()),
+    dtype, name = token_dtype(tokenizer.vocab_size), settings["name"]
+    val = token_arrays(source.pieces("val"), tokenizer, dtype, f"{name}: held out", None)
+    train = token_arrays(source.pieces("train"), tokenizer, dtype, name, source.size_hint())
+    meta: dict[str, Any] = {
+        "dtype": dtype,
+        "val": write_tokens(work / "val.bin", val, settings["val_tokens"]),
+        "train": write_tokens(work / "train.bin", train, None),
     }
-    files = {
-        "val": _write_tokens(work / "val.bin", arrays["val"], settings["val_tokens"]),
-        "train": _write_tokens(work / "train.bin", arrays["train"], None),
+    for split in ("train", "val"):
+        if meta[split]["n_tokens"] < 2:
+            raise ValueError(f"data {name!r} has no {split} text: check data.source")
+    return meta | _measure(np.memmap(work / "val.bin", dtype, mode="r"), tokenizer)
+
+
+def _refer_to_tokens(
+    source: TokenSource, tokenizer: Tokenizer, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    spans = source.spans(settings["val_tokens"])
+    dtype = spans["train"].dtype
+    if tokenizer.vocab_size - 1 > np.iinfo(dtype).max:
+        raise ValueError(
+            f"vocab_size={tokenizer.vocab_size} is larger than the {dtype} tokens of"
+            f" {spans['train'].path} can say: wrong tokenizer or wrong file"
+        )
+    for span in spans.values():
+        check_ids(span, tokenizer.vocab_size)
+    meta = {split: span.meta() for split, span in spans.items()}
+    return {"dtype": dtype, **meta, **_measure(spans["val"].array(), tokenizer)}
+
+
+def _measure(val: np.ndarray, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "n_val_bytes": count_bytes(val, tokenizer),
+        "xz_bpb": xz_bits_per_byte(val, tokenizer),
     }
-    for split, file in files.items():
-        if file["n_tokens"] < 2:
-            raise ValueError(f"data {label!r} has no {split} text: check its source")
-    val = np.memmap(work / "val.bin", dtype=dtype, mode="r")
+
+
+def _complete(
+    parts: dict[str, Any], tokenizer: Tokenizer, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    hashes = {k: parts[k].get("sha256", parts[k].get("sampled_sha256")) for k in ("train", "val")}
     return {
         "format": FORMAT,
-        "name": label,
-        "dtype": dtype,
+        "name": settings["name"],
         "vocab_size": tokenizer.vocab_size,
         "tokenizer": tokenizer.kind,
         "tokenizer_hash": tokenizer.hash,
-        "n_train_tokens": files["train"]["n_tokens"],
-        "n_val_tokens": files["val"]["n_tokens"],
-        "n_val_bytes": count_bytes(val, tokenizer),
-        "xz_bpb": xz_bits_per_byte(val, tokenizer),
-        "train": files["train"],
-        "val": files["val"],
-        "source": settings["source"],
+        "n_train_tokens": parts["train"]["n_tokens"],
+        "n_val_tokens": parts["val"]["n_tokens"],
+        "fingerprint": _digest({**hashes, "dtype": parts["dtype"], "tokenizer": tokenizer.hash}),
+        **parts,
+        "settings": settings,
     }
-
-
-def _tokens(
-    pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: str, label: str, total: int | None
-) -> Iterator[np.ndarray]:
-    """Token arrays in the order of the documents; at most three batches wait for the writer."""
-
-    def encode(batch: list[Piece]) -> np.ndarray:
-        eot = np.array([tokenizer.eot_id])
-        parts: list[np.ndarray] = []
-        for (_, ends), ids in zip(
-            batch, tokenizer.encode_arrays([text for text, _ in batch]), strict=True
-        ):
-            parts += [ids, eot] if ends else [ids]
-        return np.concatenate(parts).astype(dtype)
-
-    waiting: deque[tuple[Future[np.ndarray], int]] = deque()
-    bar = tqdm(desc=label, total=total, unit="B", unit_scale=True, disable=None, leave=False)
-    pool = ThreadPoolExecutor(2)  # one turns ids into arrays while the other tokenizes
-    try:
-        for batch in _batches(pieces):
-            n_chars = sum(len(text) for text, _ in batch)
-            waiting.append((pool.submit(encode, batch), n_chars))
-            if len(waiting) == 3:
-                future, n_done = waiting.popleft()
-                yield future.result()
-                bar.update(n_done)
-        for future, n_done in waiting:
-            yield future.result()
-            bar.update(n_done)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        bar.close()
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    n_chars = 0
-    for piece in pieces:
-        batch.append(piece)
-        n_chars += len(piece[0])
-        if n_chars >= BATCH_CHARS:
-            yield batch
-            batch, n_chars = [], 0
-    if batch:
-        yield batch
-
-
-def _write_tokens(path: Path, arrays: Iterable[np.ndarray], limit: int | None) -> dict[str, Any]:
-    digest, n_tokens = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for ids in arrays:
-            ids = ids[: None if limit is None else limit - n_tokens]
-            file.write(ids.data)
-            digest.update(ids.data)
-            n_tokens += len(ids)
-            if n_tokens == limit:
-                break
-    return {"path": path.name, "offset": 0, "n_tokens": n_tokens, "sha256": digest.hexdigest()}
-
-
-def count_bytes(ids: np.ndarray, tokenizer: Tokenizer) -> int | None:
-    """UTF-8 bytes that ids decode to, separators excluded; None when the tokenizer cannot tell."""
-    sizes = tokenizer.token_bytes()
-    if sizes is None:
-        return None
-    return sum(int(sizes[part].sum()) for part in _blocks(ids))
-
-
-def xz_bits_per_byte(ids: np.ndarray, tokenizer: Tokenizer) -> float | None:
-    """Bits per byte of xz (preset 9e) over the text of ids, 16 MiB at most; None without text."""
-    if tokenizer.kind == "ids":
-        return None
-    text = bytearray()
-    for part in _blocks(ids):
-        text += tokenizer.decode_bytes(part)
-        if len(text) >= XZ_BYTES:
-            break
-    if not text:
-        return None
-    packed = lzma.compress(bytes(text[:XZ_BYTES]), preset=9 | lzma.PRESET_EXTREME)
-    return 8 * len(packed) / min(len(text), XZ_BYTES)
-
-
-def _blocks(ids: np.ndarray, size: int = 1 << 20) -> Iterator[np.ndarray]:
-    for start in range(0, len(ids), size):
-        yield np.asarray(ids[start : start + size])

@@ -10,16 +10,17 @@ that memory stays small and a byte-level tokenizer loses nothing.
 from __future__ import annotations
 
 import codecs
-import glob
 import hashlib
+import os
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from experiments.data.files import content_id, find_files
+
 PIECE_CHARS = 1 << 20
-SAMPLED_FROM = 4 << 20  # files above this many bytes are identified by samples
 Piece = tuple[str, bool]
 
 
@@ -44,17 +45,16 @@ class Stdlib:
     )
 
     def __init__(self) -> None:
-        self.root = Path(sysconfig.get_path("stdlib"))
-        found = {p.relative_to(self.root).as_posix(): p for p in self.root.rglob("*.py")}
-        self.files = {
-            name: path
-            for name, path in sorted(found.items())
-            if self.SKIPPED.isdisjoint(name.split("/")) and not name.startswith("_sysconfigdata")
-        }
+        root = Path(sysconfig.get_path("stdlib"))
+        self.files: dict[str, Path] = {}
+        for folder, below, names in os.walk(root):
+            below[:] = [name for name in below if name not in self.SKIPPED]
+            for name in names:
+                if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                    path = Path(folder, name)
+                    self.files[path.relative_to(root).as_posix()] = path
         if not self.files:
-            raise FileNotFoundError(
-                f"no standard library sources in {self.root}: choose other data"
-            )
+            raise FileNotFoundError(f"no standard library sources in {root}: choose other data")
 
     def identity(self) -> dict[str, Any]:
         return {"kind": "stdlib", "files": {n: content_id(p) for n, p in self.files.items()}}
@@ -63,14 +63,12 @@ class Stdlib:
         return sum(path.stat().st_size for path in self.files.values())
 
     def pieces(self, split: str) -> Iterator[Piece]:
-        held_out = [
-            n for n, p in self.files.items() if _rank(n) % 20 == 0 and p.stat().st_size <= 32768
-        ]
+        held_out = {n for n, p in self.files.items() if _rank(n) % 20 == 0 and _is_small(p)}
         if split == "val":  # by hash, so that a cut at val_tokens takes from the whole alphabet
-            names: Iterable[str] = sorted(held_out, key=_rank)
+            names = sorted(held_out, key=_rank)
         else:
-            names = self.files.keys() - set(held_out)
-        for name in sorted(names) if split == "train" else names:
+            names = sorted(self.files.keys() - held_out)
+        for name in names:
             with tokenize.open(self.files[name]) as file:  # honours the coding line
                 yield from cut(file.read())
 
@@ -136,48 +134,6 @@ class TextFiles:
             yield from cut_stream(_decoded(path, start, end))
 
 
-def find_files(paths: str | list[str]) -> list[Path]:
-    """Files named by paths, folders (all below but hidden files) and globs, sorted by name.
-
-    Raises FileNotFoundError for a path that names nothing and ValueError for a file without
-    content.
-    """
-    files: list[Path] = []
-    for pattern in [paths] if isinstance(paths, str) else paths:
-        path = Path(pattern).expanduser()
-        matches = (
-            [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
-        )
-        below = [q for p in sorted(matches) for q in (sorted(p.rglob("*")) if p.is_dir() else [p])]
-        found = [q for q in below if q.is_file() and not q.name.startswith(".")]
-        if not found:
-            raise FileNotFoundError(f"no data file at {path}")
-        files += found
-    for file in files:
-        if file.stat().st_size == 0:
-            raise ValueError(f"data file {file} is empty")
-    return files
-
-
-def content_id(path: Path) -> str:
-    """Identifies a file wherever it lies: SHA-256, or above 4 MiB size, time and samples."""
-    stat = path.stat()
-    if stat.st_size <= SAMPLED_FROM:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    return f"{stat.st_size}-{stat.st_mtime_ns}-{sampled_sha256(path)}"
-
-
-def sampled_sha256(path: Path, n_blocks: int = 64, block: int = 65536) -> str:
-    """SHA-256 over the size and n_blocks evenly spaced blocks, which may overlap."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for i in range(n_blocks):
-            file.seek(max(0, size - block) * i // (n_blocks - 1))
-            digest.update(file.read(block))
-    return digest.hexdigest()
-
-
 def cut(text: str) -> Iterator[Piece]:
     """A document as pieces of at most PIECE_CHARS."""
     return cut_stream(text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
@@ -198,6 +154,10 @@ def cut_stream(chunks: Iterable[str]) -> Iterator[Piece]:
 
 def _whole(files: list[Path]) -> list[tuple[Path, int, int]]:
     return [(path, 0, path.stat().st_size) for path in files]
+
+
+def _is_small(path: Path) -> bool:
+    return path.stat().st_size <= 32768
 
 
 def _rank(name: str) -> int:

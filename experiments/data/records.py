@@ -1,0 +1,172 @@
+"""Sources of text whose documents are records: lines of JSON, rows of a Hugging Face dataset.
+
+Where no held-out part is named, a share of the documents is held out by a hash of their text, so
+that copies of one document never lie on both sides.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from experiments.data.files import content_id, find_files
+from experiments.data.sources import PIECE_CHARS, Piece, cut, cut_stream
+
+
+class _Records(ABC):
+    """Splits documents by hash unless `val_given`."""
+
+    def __init__(self, val_given: bool, val_fraction: float) -> None:
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 1")
+        self.val_given, self.val_fraction = val_given, val_fraction
+
+    @abstractmethod
+    def documents(self, split: str) -> Iterator[str]:
+        """The documents of a split; of everything when no held-out part is given."""
+
+    def size_hint(self) -> int | None:
+        return None
+
+    def pieces(self, split: str) -> Iterator[Piece]:
+        for text in self.documents(split):
+            if self.val_given or self._held_out(text) == (split == "val"):
+                yield from cut(text)
+
+    def _held_out(self, text: str) -> bool:
+        digest = hashlib.sha256(text.encode(errors="replace")).digest()
+        return int.from_bytes(digest[:8], "big") < self.val_fraction * 2**64
+
+
+class Jsonl(_Records):
+    """Lines of JSON objects with the text under `field`; files, folders, globs; `.gz` or plain."""
+
+    def __init__(
+        self,
+        paths: str | list[str],
+        val_paths: str | list[str] | None = None,
+        field: str = "text",
+        val_fraction: float = 0.01,
+    ) -> None:
+        super().__init__(bool(val_paths), val_fraction)
+        self.files = {"train": find_files(paths), "val": find_files(val_paths or paths)}
+        self.field = field
+
+    def identity(self) -> dict[str, Any]:
+        files = {split: [content_id(p) for p in paths] for split, paths in self.files.items()}
+        return {"kind": "jsonl", **files, "field": self.field, "val_fraction": self.val_fraction}
+
+    def size_hint(self) -> int | None:
+        files = self.files["train"]
+        if any(path.suffix == ".gz" for path in files):
+            return None
+        return sum(path.stat().st_size for path in files)
+
+    def documents(self, split: str) -> Iterator[str]:
+        for path in self.files[split]:
+            with _open(path) as file:
+                for number, line in enumerate(_lines(file, path), 1):
+                    if line.strip():
+                        yield self._text(line, f"{path}:{number}")
+
+    def _text(self, line: bytes, place: str) -> str:
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{place}: not JSON ({error})") from None
+        text = record.get(self.field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{place}: no text under {self.field!r} (data.source.field names the key)"
+            )
+        return text
+
+
+class HuggingFace(_Records):
+    """A dataset of the hub, or a local folder in one of the library's formats, streamed.
+
+    `one_document` says that the rows are lines of one running text. A dataset on the hub is
+    identified by name and revision, not by content: pin the revision where that matters.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        split: str = "train",
+        val_split: str | None = None,
+        column: str = "text",
+        revision: str | None = None,
+        one_document: bool = False,
+        val_fraction: float = 0.01,
+    ) -> None:
+        super().__init__(bool(val_split), val_fraction)
+        if one_document and not val_split:
+            raise ValueError("one_document rows cannot be held out one by one: name a val_split")
+        self.path, self.name, self.revision = path, name, revision
+        self.splits = {"train": split, "val": val_split or split}
+        self.column, self.one_document = column, one_document
+
+    def identity(self) -> dict[str, Any]:
+        local = Path(self.path).expanduser().exists()
+        data = [content_id(p) for p in find_files(self.path)] if local else self.path
+        return {"kind": "hf", "data": data, **{k: v for k, v in vars(self).items() if k != "path"}}
+
+    def pieces(self, split: str) -> Iterator[Piece]:
+        if self.one_document:
+            return cut_stream(_joined(self.documents(split)))
+        return super().pieces(split)
+
+    def documents(self, split: str) -> Iterator[str]:
+        for row in self._load(self.splits[split]):
+            text = row.get(self.column)
+            if not isinstance(text, str):
+                columns = ", ".join(row)
+                raise ValueError(
+                    f"{self.path}: no text in column {self.column!r} (it has: {columns})"
+                )
+            yield text
+
+    def _load(self, split: str) -> Iterator[dict[str, Any]]:
+        import datasets  # slow to import, and only this source needs it
+
+        path = str(Path(self.path).expanduser()) if self.path.startswith("~") else self.path
+        try:
+            return iter(
+                datasets.load_dataset(
+                    path, self.name, split=split, revision=self.revision, streaming=True
+                )
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"cannot load dataset {self.path!r}, split {split!r}: {reason}"
+            ) from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    try:
+        yield from file
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _joined(rows: Iterator[str]) -> Iterator[str]:
+    waiting: list[str] = []
+    n_chars = 0
+    for row in rows:
+        waiting.append(row)
+        n_chars += len(row)
+        if n_chars >= PIECE_CHARS:
+            yield "".join(waiting)
+            waiting, n_chars = [], 0
+    yield "".join(waiting)
