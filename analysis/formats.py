@@ -27,7 +27,7 @@ def short(x: float, units: str = " k M B T", base: float = 1000.0, digits: int =
         return MISSING
     names = units.split(" ")
     power = 0
-    while power < len(names) - 1 and float(f"{abs(x) / base**power:.{digits}g}") >= base:
+    while power < len(names) - 1 and abs(x) / base**power >= base - 0.5:
         power += 1
     value = x / base**power
     text = f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"

@@ -73,7 +73,7 @@ def scaling(study: Study) -> Plot:
     title = f"{_names(runs)}: validation loss against parameters and training compute"
     banded = runs.groupby("family")["parameters/total"].nunique().max() >= MIN_SIZES_BAND
     more = ["shaded: 95 % prediction band"] if banded else []
-    figure, panels = style.new_figure(title, _subtitle(runs, *more), columns=2)
+    figure, panels = style.new_figure(title, _subtitle(runs, *more), columns=2, height=4.9)
     axes_of = (
         ("parameters/total", "parameters (total)", "N", fmt.short),
         ("flops", "training FLOPs", "F", style.power_of_ten),
@@ -98,7 +98,7 @@ def scaling(study: Study) -> Plot:
         style.log_axis(axes, "x", low, high, write)
         _loss_axis(axes, runs, runs[loss], unit, label=axes is panels[0])
         axes.set_xlabel(name)
-        axes.legend(loc="upper right")
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.0))
     notes.append(
         "Large marks: mean over seeds; small marks: single runs; lines: least squares in log-log; "
         "shaded: 95 % prediction band for the mean of one more size (cut at the frame; drawn from "
@@ -261,10 +261,7 @@ def _loss_axis(
     style.log_axis(axes, "y", *style.margins([*values, *xz]), lambda v: f"{v:.3g}")
     for level in xz:
         axes.axhline(level, color=style.MUTED, ls=":", lw=1.4)
-        place = axes.get_yaxis_transform()
-        axes.text(
-            0.01, level, f"xz {level:.2f}", transform=place, ha="left", va="bottom", size=8.5,
-            color=style.MUTED,
-        )  # fmt: skip
+        text, place = f"xz on the same text: {level:.2f}", axes.get_yaxis_transform()
+        axes.text(0.01, level, text, transform=place, va="bottom", size=8.5, color=style.MUTED)
     if label:
         axes.set_ylabel(f"validation loss ({unit})")

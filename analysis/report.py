@@ -23,8 +23,10 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 ALLOWED = "analysis."
 
 
-def build(suite: str, runs_dir: Path, contents: dict[str, str], allow_mixed: bool) -> Path:
-    """Write the report of one suite and return the path of its index.html; the tables go to stdout.
+def build(
+    suite: str, runs_dir: Path, contents: dict[str, str], allow_mixed: bool
+) -> tuple[Path, str]:
+    """Write the report of one suite; return the path of its index.html and its tables as text.
 
     ValueError or FileNotFoundError, and nothing written, for a suite without finished runs, runs
     that do not belong in one table (unless `allow_mixed`), or a target that is no function."""
@@ -42,20 +44,20 @@ def build(suite: str, runs_dir: Path, contents: dict[str, str], allow_mixed: boo
     study = load_study(folder, allow_mixed)
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".report-"))
     try:
-        _write(temporary, suite, study, functions)
+        text = _write(temporary, suite, study, functions)
         temporary.chmod(0o755)
         _swap(temporary, folder / "report")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder / "report" / "index.html"
+    return folder / "report" / "index.html", text
 
 
-def _write(folder: Path, suite: str, study: Any, functions: dict[str, Callable[..., Any]]) -> None:
+def _write(folder: Path, suite: str, study: Any, functions: dict[str, Callable[..., Any]]) -> str:
     from analysis.plots import Plot
     from analysis.study import NothingToShowError
     from analysis.style import DPI
 
-    sections, absent = [], []
+    sections, absent, texts = [], [], []
     for name, function in functions.items():
         try:
             item = function(study)
@@ -73,11 +75,10 @@ def _write(folder: Path, suite: str, study: Any, functions: dict[str, Callable[.
             (folder / f"{name}.md").write_text(item.markdown())
             (folder / f"{name}.tex").write_text(item.latex())
             section["heads"], section["rows"] = item.texts()
-            print(f"\n{item.title}\n\n{item.markdown()}", end="")
+            texts.append(f"{item.title}\n\n{item.markdown()}")
         sections.append(section)
-    for line in absent:
-        print(f"\nnot shown: {line}", end="")
     (folder / "index.html").write_text(_html(suite, study, sections, absent))
+    return "\n".join([*texts, *(f"not shown: {line}" for line in absent)])
 
 
 def _html(suite: str, study: Any, sections: list[dict[str, Any]], absent: list[str]) -> str:
@@ -113,8 +114,10 @@ def _swap(new: Path, place: Path) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    parts = [str(error), str(error.__cause__ or "")]
-    return " ".join(" ".join(parts).split()) or type(error).__name__
+    text = f"{error} {error.__cause__ or ''}".split("full_key:")[
+        0
+    ]  # OmegaConf's lines for developers
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _guard(function: Callable[[], Any]) -> None:
@@ -131,7 +134,8 @@ def _guard(function: Callable[[], Any]) -> None:
 
 def _report(cfg: DictConfig) -> None:
     contents = {name: target for name, target in cfg.contents.items() if target is not None}
-    print(f"\n{build(cfg.suite, Path(cfg.paths.runs), contents, cfg.allow_mixed)}")
+    index, text = build(cfg.suite, Path(cfg.paths.runs), contents, cfg.allow_mixed)
+    print(f"{text}\n\n{index}")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")

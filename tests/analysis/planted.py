@@ -135,5 +135,5 @@ def write_suite(root: Path, suite: str = "demo", seeds: int = 2, noise: float = 
         for seed in range(seeds):
             write_run(
                 root, suite, model, seed, bpb=planted + noise * generator.normal(),
-                accuracy=0.25 + 0.05 * math.log10(total / 1e5),
+                accuracy=0.25 + 0.05 * math.log10(total / 2e4) + 0.01 * model.startswith("gpt"),
             )  # fmt: skip
