@@ -26,8 +26,12 @@ TEXTS = ("suite", "model", "family", "name", "data/fingerprint", "data/tokenizer
 NUMBERS = ["seed", *SIZES, "budget_tokens", "step", "tokens", "flops", "time_s", "val/loss"]
 OPTIONAL = ["val/bpb", "train/loss", "data/xz_bpb", *SPEED]
 ABOUT = ["run", "model", "family", "parameters/total"]
+COSTS = ("n_tokens", "seconds", "state_bytes")
 GENERATION_PROTOCOL = ("batch_size", "n_threads", "device", "dtype")
 PROTOCOL = ("version", "n_shot", "prefix", "dtype", "lm_eval", "n_documents")
+
+# what reading a damaged or foreign file can raise
+BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
 
 def load_runs(path_or_glob: str | Path) -> pd.DataFrame:
@@ -60,18 +64,21 @@ def load_curves(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]
     """The rows of every metrics.csv, tidy, with `run`, `model`, `family` and `parameters/total`; of
     two rows of one step and kind (train or val) the later counts. Also (run, reason) for what
     could not be read."""
-    frames, problems = [], []
-    for path, about in _each(runs):
-        run = about["run"]
+    frames, problems = {}, []
+    abouts = list(_each(runs))
+    for i, (path, about) in enumerate(abouts):
         try:
-            frame, dropped = _read_metrics(path / "metrics.csv")
-        except (OSError, ValueError) as error:
-            problems.append((run, f"metrics.csv: {_one_line(error)}"))
+            frames[i], dropped = _read_metrics(path / "metrics.csv")
+        except BROKEN as error:
+            problems.append((about["run"], f"metrics.csv: {_one_line(error)}"))
             continue
         if dropped:
-            problems.append((run, f"metrics.csv: {dropped} damaged rows skipped"))
-        frames.append(frame.assign(**about))
-    return _stack(frames, [*METRICS, *ABOUT]), problems
+            problems.append((about["run"], f"metrics.csv: {dropped} damaged rows skipped"))
+    if not frames:
+        return pd.DataFrame(columns=[*METRICS, *ABOUT]), problems
+    curves = pd.concat(frames)
+    owners = runs[ABOUT].take(curves.index.get_level_values(0).to_numpy()).reset_index(drop=True)
+    return pd.concat([curves.reset_index(drop=True), owners], axis=1), problems
 
 
 def load_scores(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
@@ -83,42 +90,34 @@ def load_scores(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]
         for file in sorted(path.glob("eval/*.json")):
             try:
                 rows += [about | score for score in _task_scores(_read_json(file), file.stem)]
-            except (OSError, ValueError) as error:
+            except BROKEN as error:
                 problems.append((about["run"], f"eval/{file.name}: {_one_line(error)}"))
     columns = [*ABOUT, "task", "metric", "score", "stderr", "headline", "chance", *PROTOCOL]
     return pd.DataFrame(rows, columns=columns), problems
 
 
 def load_generation(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
-    """The rows of every bench/generate.json: `n_tokens`, cumulative `seconds`, `state_bytes`,
-    `peak_mem_bytes`, and the run they belong to. Also (run, reason) for what could not be read."""
-    frames, problems = [], []
-    columns = ["n_tokens", "seconds", "state_bytes", "peak_mem_bytes"]
+    """The rows of every bench/generate.json: `n_tokens`, cumulative `seconds`, `state_bytes`, the
+    protocol and the run. Also (run, reason) for what could not be read."""
+    rows: list[dict[str, Any]] = []
+    problems = []
     for path, about in _each(runs):
         file = path / "bench" / "generate.json"
         if not file.exists():
             continue
         try:
             content = _read_json(file)
-            frame = pd.DataFrame(content.get("rows"), columns=columns).apply(pd.to_numeric)
-            if frame.empty or frame[["n_tokens", "seconds", "state_bytes"]].isna().any(axis=None):
-                raise ValueError("rows lack n_tokens, seconds or state_bytes")
-        except (OSError, ValueError, TypeError) as error:
+            about |= {key: content["protocol"].get(key) for key in GENERATION_PROTOCOL}
+            rows += [about | {key: float(row[key]) for key in COSTS} for row in content["rows"]]
+        except BROKEN as error:
             problems.append((about["run"], f"bench/generate.json: {_one_line(error)}"))
-            continue
-        protocol = content.get("protocol", {})
-        of_protocol = {key: protocol.get(key) for key in GENERATION_PROTOCOL}
-        frames.append(frame.assign(**about, **of_protocol))
-    return _stack(frames, [*columns, *ABOUT, *GENERATION_PROTOCOL]), problems
+    generation = pd.DataFrame(rows, columns=[*ABOUT, *COSTS, *GENERATION_PROTOCOL])
+    return generation.astype({"n_tokens": "int64"}), problems
 
 
 def _each(runs: pd.DataFrame) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path, *about in runs[["path", *ABOUT]].itertuples(index=False):
         yield Path(path), dict(zip(ABOUT, about, strict=True))
-
-
-def _stack(frames: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
 
 
 def _run_dirs(root: str) -> Iterator[str]:
@@ -186,15 +185,17 @@ def _read_metrics(path: Path) -> tuple[pd.DataFrame, int]:
         n_lines = len(frame)
     except (ValueError, pd.errors.ParserError):
         frame = pd.read_csv(path, dtype="str", on_bad_lines="skip", index_col=False)
-        n_lines = sum(1 for line in path.open(errors="replace") if line.strip()) - 1
+        n_lines = (
+            sum(1 for line in path.read_text(errors="replace").splitlines() if line.strip()) - 1
+        )
         cells = frame.apply(pd.to_numeric, errors="coerce")
         frame = cells[~(cells.isna() & frame.notna()).any(axis=1)]
     if list(frame.columns) != METRICS:
         raise ValueError("its first line is not the list of columns in CONTRIBUTING.md")
     frame = frame[frame["step"].notna() & frame["tokens"].notna()]
     dropped = n_lines - len(frame)
-    is_val = frame["val/loss"].notna().rename("is_val")
-    return frame[~frame.assign(is_val=is_val).duplicated(["step", "is_val"], keep="last")], dropped
+    kinds = pd.DataFrame({"step": frame["step"], "is_val": frame["val/loss"].notna()})
+    return frame[~kinds.duplicated(keep="last")], dropped
 
 
 def _task_scores(content: dict[str, Any], task: str) -> list[dict[str, Any]]:
@@ -253,4 +254,5 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    text = f"no {error}" if isinstance(error, KeyError) else str(error)
+    return " ".join(text.split())[:200] or type(error).__name__

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.special import stdtrit  # the t quantile, without the seconds scipy.stats takes to import
 
 from analysis.runs import REFERENCE, SIZES
 
@@ -65,8 +66,6 @@ def fit_power_law(x: npt.ArrayLike, y: npt.ArrayLike, irreducible: bool = False)
     """Least squares in log y over distinct sizes x (repeats averaged), c = 0 unless `irreducible`.
 
     ValueError for fewer than 2 sizes (6 with `irreducible`) and values that are not positive."""
-    from scipy import stats
-
     x, y = np.asarray(x, float), np.asarray(y, float)
     if not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all()):
         raise ValueError("a power law needs positive, finite sizes and losses")
@@ -92,7 +91,7 @@ def fit_power_law(x: npt.ArrayLike, y: npt.ArrayLike, irreducible: bool = False)
     freedom = n - len(theta)
     variance = float(residual @ residual / freedom) if freedom else np.nan
     covariance = np.linalg.pinv(jacobian.T @ jacobian) * variance
-    t = float(stats.t.ppf(0.5 + LEVEL / 2, freedom)) if freedom else np.nan
+    t = float(stdtrit(freedom, 0.5 + LEVEL / 2)) if freedom else np.nan
     half = t * float(np.sqrt(covariance[1, 1]))
     spread = float(((log_y - log_y.mean()) ** 2).sum())
     return PowerLaw(
@@ -163,8 +162,6 @@ def matched_pairs(runs: pd.DataFrame, loss: str) -> pd.DataFrame:
 
 def seed_gap(mine: pd.Series, theirs: pd.Series) -> dict[str, float | int | str]:
     """`mine - theirs` over the seeds (index) both have: mean, 95 % paired t interval, note."""
-    from scipy import stats
-
     difference = (mine - theirs).dropna()
     n = len(difference)
     if n == 0:
@@ -173,7 +170,7 @@ def seed_gap(mine: pd.Series, theirs: pd.Series) -> dict[str, float | int | str]
     gap = float(difference.mean())
     if n == 1:
         return _gap(gap, np.nan, 1, "one seed: no interval")
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1) * difference.std(ddof=1) / np.sqrt(n))
+    half = float(stdtrit(n - 1, 0.5 + LEVEL / 2) * difference.std(ddof=1) / np.sqrt(n))
     return _gap(gap, half, n, "one degree of freedom" if n == 2 else "")
 
 

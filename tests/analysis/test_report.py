@@ -1,0 +1,240 @@
+"""The report from planted runs: complete, true to the numbers, self-contained, never half there."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.figure
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from analysis import formats as fmt
+from analysis import report, style
+
+planted = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted.py"))))
+CONTENTS = dict(OmegaConf.load(report.CONF / "report" / "default.yaml").contents)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Two seeds of everything, a run unfinished, a run damaged; the report's folder and text."""
+    root = tmp_path_factory.mktemp("runs")
+    planted.write_suite(root, seeds=2, noise=0.0)
+    unfinished = planted.write_run(root, model="gpt_tiny", seed=7)
+    (unfinished / "result.json").unlink()
+    damaged = planted.write_run(root, model="gpt_tiny", seed=8)
+    (damaged / "manifest.json").write_text("{")
+    index, text = report.build("demo", root, CONTENTS, allow_mixed=False)
+    return index.parent, text
+
+
+def test_every_table_and_figure_is_written_in_every_form(built: tuple[Path, str]) -> None:
+    folder, text = built
+    figures = {"scaling", "loss_curves", "benchmarks", "throughput", "generation"}
+    for name in CONTENTS:
+        for suffix in ["png"] if name in figures else ["csv", "md", "tex"]:
+            assert (folder / f"{name}.{suffix}").stat().st_size > 100, name
+    assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert len(re.findall(r"^\| ---", text, re.MULTILINE)) == len(set(CONTENTS) - figures)
+    assert not list(folder.parent.glob(".report*"))
+
+
+def test_numbers_are_the_planted_ones(built: tuple[Path, str]) -> None:
+    folder, text = built
+    runs = pd.read_csv(folder / "runs.csv")
+    assert len(runs) == 12
+    for _, row in runs.iterrows():
+        family, _, _, total, non_embedding, bpb = planted.MODELS[row["model"]]
+        assert row["family"] == family
+        assert (row["parameters/total"], row["parameters/non_embedding"]) == (total, non_embedding)
+        assert row["val/bpb"] == pytest.approx(bpb)
+        assert row["time_s"] * row["perf/tokens_per_s"] == pytest.approx(row["tokens"])
+    pairs = pd.read_csv(folder / "matched_pairs.csv").set_index("model")
+    assert pairs.loc["rwkv4_nano", "reference"] == "gpt_nano"
+    assert pairs["gap"].round(6).to_dict() == {
+        "rwkv4_nano": -0.08, "rwkv4_micro": 0.03, "rwkv4_tiny": -0.03,
+    }  # fmt: skip
+    assert "-0.0800 [-0.0800, -0.0800]" in text
+    fits = pd.read_csv(folder / "scaling_fits.csv")
+    mine = runs[runs["family"] == "rwkv4"]
+    slope, _ = np.polyfit(np.log(mine["parameters/total"]), np.log(mine["val/bpb"]), 1)
+    law = fits[(fits["family"] == "rwkv4") & (fits["x"] == "total parameters")].iloc[0]
+    assert law["b"] == pytest.approx(-slope)
+    assert (law["n_sizes"], law["n_runs"]) == (3, 6)
+    scores = pd.read_csv(folder / "benchmark_scores.csv").set_index(["task", "model"])
+    assert scores.loc[("bits_per_byte", "gpt_micro"), "score"] == pytest.approx(2.47)
+    assert scores.loc[("cloze", "gpt_micro"), "chance"] == 0.25
+    cost = pd.read_csv(folder / "generation_cost.csv").set_index("model")
+    assert cost.loc["gpt_nano", "state_bytes@2048"] == 2 * 3 * 64 * 4 * 2048
+    assert cost.loc["rwkv4_nano", "state_bytes@64"] == 5 * 3 * 64 * 4
+
+
+def test_what_is_left_out_is_said(built: tuple[Path, str]) -> None:
+    folder, text = built
+    left_out = pd.read_csv(folder / "left_out.csv").set_index("run")
+    assert left_out.loc["demo/gpt_tiny/seed=7", "status"] == "running-or-interrupted"
+    assert left_out.loc["demo/gpt_tiny/seed=8", "status"] == "unreadable"
+    html = (folder / "index.html").read_text()
+    assert "<b>2 left out</b>" in html
+    assert "demo/gpt_tiny/seed=8" in html
+    assert "demo/gpt_tiny/seed=8" in text
+
+
+def test_the_page_needs_nothing_else(built: tuple[Path, str]) -> None:
+    html = (built[0] / "index.html").read_text()
+    assert len(re.findall(r'src="data:image/png;base64,', html)) == 5
+    targets = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert all(t.startswith(("data:image/png", "#")) for t in targets)
+    assert not re.search(r"https?://|<script|@import|url\(", html)
+    ids = set(re.findall(r'<section id="([^"]*)"', html))
+    assert {t[1:] for t in targets if t.startswith("#")} <= ids
+
+
+def test_latex_has_one_row_a_row_and_no_bare_special(built: tuple[Path, str]) -> None:
+    for path in built[0].glob("*.tex"):
+        lines = path.read_text().splitlines()
+        rows = [line for line in lines if line.endswith(r"\\")]
+        columns = re.search(r"begin\{tabular\}\{(l+)\}", path.read_text())
+        assert columns is not None
+        assert len(rows) == 1 + len(pd.read_csv(path.with_suffix(".csv")))
+        for row in rows:
+            assert len(re.findall(r"(?<!\\)&", row)) == len(columns.group(1)) - 1
+            assert not re.search(r"(?<!\\)[%#_]", row)
+
+
+def test_a_failed_report_leaves_the_old_one(
+    built: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = built
+    before = (folder / "index.html").read_bytes()
+
+    def burst(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", burst)
+    with pytest.raises(OSError, match="No space"):
+        report.build("demo", folder.parent.parent, CONTENTS, allow_mixed=False)
+    assert (folder / "index.html").read_bytes() == before
+    assert not list(folder.parent.glob(".report*"))
+
+
+def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
+    planted.write_run(tmp_path)
+    contents = {"runs": "analysis.tables.runs_overview"}
+    report.build("demo", tmp_path, contents, allow_mixed=False)
+    (tmp_path / "demo" / "report" / "stale.csv").write_text("")
+    index, _ = report.build("demo", tmp_path, contents, allow_mixed=False)
+    assert {p.name for p in index.parent.iterdir()} == {
+        "index.html", "runs.csv", "runs.md", "runs.tex",
+    }  # fmt: skip
+
+
+def test_one_run_without_evaluation_still_makes_a_report(tmp_path: Path) -> None:
+    run = planted.write_run(tmp_path, data={"xz_bpb": None})
+    for file in (*run.glob("eval/*"), *run.glob("bench/*")):
+        file.unlink()
+    index, text = report.build("demo", tmp_path, CONTENTS, allow_mixed=False)
+    absent = {line.split(": ")[1] for line in text.splitlines() if line.startswith("not shown")}
+    assert absent == {
+        "matched_pairs", "scaling_fits", "benchmarks", "benchmark_scores", "generation",
+        "generation_cost", "left_out",
+    }  # fmt: skip
+    assert (index.parent / "scaling.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("suite", "contents", "message"),
+    [
+        ("demo", {"a": "os.system"}, "must be a function in analysis"),
+        ("demo", {"../a": "analysis.plots.scaling"}, "must be a function in analysis"),
+        ("demo", {"a": "analysis.plots.nothing"}, "analysis.plots.nothing"),
+        ("../demo", CONTENTS, "not a folder name"),
+        ("..", CONTENTS, "not a folder name"),
+    ],
+)
+def test_bad_requests_write_nothing(
+    tmp_path: Path, suite: str, contents: dict[str, str], message: str
+) -> None:
+    planted.write_run(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        report.build(suite, tmp_path, contents, allow_mixed=False)
+    assert not list(tmp_path.glob("**/report"))
+
+
+def run_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules)); "
+        "runpy.run_module('analysis.report', run_name='__main__', alter_sys=True)"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=cwd, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_command_writes_the_report_and_never_imports_torch(tmp_path: Path) -> None:
+    planted.write_run(tmp_path / "runs")
+    done = run_command("suite=demo", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["runs/demo/report/index.html", "False"]
+    assert (tmp_path / "runs/demo/report/index.html").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]  # nothing of Hydra's
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("suite=nope", "error: no suite 'nope' in runs/ (there are: demo)"),
+        ("suit=demo", "error: Could not override 'suit'"),
+    ],
+)
+def test_command_says_one_line_and_exits_with_2(
+    tmp_path: Path, argument: str, message: str
+) -> None:
+    planted.write_run(tmp_path / "runs")
+    done = run_command(argument, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+
+
+def test_every_suite_yaml_names_functions_that_exist() -> None:
+    for path in (report.CONF / "report").glob("*.yaml"):
+        for name, target in (OmegaConf.load(path).get("contents") or {}).items():
+            if target is not None:
+                report._target(name, target)
+
+
+def test_numbers_read_as_people_say_them() -> None:
+    assert [fmt.short(x) for x in (7, 999.6, 1234, 1_234_567, 169_342_464, 3e12)] == [
+        "7", "1k", "1.23k", "1.23M", "169M", "3T",
+    ]  # fmt: skip
+    assert fmt.size_bytes(1024) == "1 KiB"
+    assert fmt.size_bytes(1536) == "1.5 KiB"
+    assert fmt.size_bytes(1000 * 2**20) == "1000 MiB"
+    assert fmt.short(float("nan")) == fmt.MISSING
+    assert [fmt.seconds(x) for x in (0.01234, 59.0, 900.0, 7200.0)] == [
+        "0.0123 s", "59 s", "15 min", "2 h",
+    ]  # fmt: skip
+    assert fmt.interval(0.1, float("nan"), 0.2) == "0.100"
+
+
+@pytest.mark.parametrize("low", [1.7, 4e4, 3e11])
+@pytest.mark.parametrize("ratio", [1.2, 3.0, 30.0, 1e3, 1e7])
+def test_log_axes_have_few_ticks_within_their_range(low: float, ratio: float) -> None:
+    ticks = style.log_ticks(low, low * ratio)
+    assert 3 <= len(ticks) <= 9
+    assert all(low <= tick <= low * ratio for tick in ticks)
+    assert ticks == sorted(ticks)
+    assert 2 <= len(style.binary_ticks(64, 64 * max(ratio, 2))) <= 8
+
+
+def test_a_family_has_one_colour_and_small_sizes_are_lighter() -> None:
+    assert fmt.family_color("rwkv4") != fmt.family_color("gpt")
+    assert fmt.family_color("mamba") == fmt.family_color("mamba")
+    assert sum(style.shade("gpt", 0, 3)) > sum(style.shade("gpt", 2, 3))

@@ -1,0 +1,221 @@
+"""Run directories, whole and broken, become the right rows; what must not mix is refused."""
+
+import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from analysis.runs import load_curves, load_generation, load_runs, load_scores
+from analysis.study import best_variants, crossing, load_study, mean_scores
+
+planted = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted.py"))))
+
+
+def test_one_row_a_run_with_the_numbers_of_its_files(tmp_path: Path) -> None:
+    planted.write_run(tmp_path, model="gpt_nano", seed=3, bpb=2.5, overrides="optim=own")
+    (row,) = load_runs(tmp_path / "demo").to_dict("records")
+    assert (row["run"], row["status"]) == ("demo/gpt_nano/seed=3,optim=own", "finished")
+    assert (row["family"], row["seed"], row["variant"]) == ("gpt", 3, "optim=own")
+    assert row["parameters/total"] == 199_000
+    assert row["val/bpb"] == 2.5
+    assert row["val/loss"] == pytest.approx(2.5 * np.log(2))
+    assert row["flops"] == row["tokens"] * row["flops_per_token"]
+    assert row["device/name"] == "Some CPU"
+
+
+def test_every_state_of_a_run_is_told_apart(tmp_path: Path) -> None:
+    planted.write_run(tmp_path, seed=0)
+    running = planted.write_run(tmp_path, seed=1, n_rows=4)
+    (running / "result.json").unlink()
+    failed = planted.write_run(tmp_path, seed=2)
+    (failed / "result.json").unlink()
+    (failed / "error.txt").write_text("Traceback\n  ...\nValueError: loss is NaN at step 7\n")
+    cut = planted.write_run(tmp_path, seed=3)
+    (cut / "manifest.json").write_text('{"suite": "de')
+    gone = planted.write_run(tmp_path, seed=4)
+    (gone / "manifest.json").unlink()
+    odd = planted.write_run(tmp_path, seed=5)
+    result = json.loads((odd / "result.json").read_text())
+    (odd / "result.json").write_text(json.dumps(result | {"val/loss": None}))
+    binary = planted.write_run(tmp_path, seed=6)
+    (binary / "result.json").write_bytes(b"\xff\xfe\x00")
+    frozen = tmp_path / "demo" / "rwkv4_nano" / "seed=7"
+    frozen.mkdir()
+    (frozen / "config.yaml").write_text("seed: 7\n")
+
+    runs = load_runs(tmp_path / "demo").set_index("path")
+    seen = {int(path.rsplit("=", 1)[1]): (r.status, r.reason) for path, r in runs.iterrows()}
+    assert seen[0] == ("finished", "")
+    assert seen[1] == ("running-or-interrupted", "no result.json; reached step 40")
+    assert seen[2] == ("failed", "ValueError: loss is NaN at step 7")
+    assert seen[3][0] == "unreadable"
+    assert "manifest.json is not JSON" in seen[3][1]
+    assert seen[4] == ("unreadable", "manifest.json lacks suite")
+    assert seen[5][0] == "unreadable"
+    assert "val/loss=None" in seen[5][1]
+    assert seen[6][0] == "unreadable"
+    assert "result.json is not JSON" in seen[6][1]
+    assert seen[7] == ("running-or-interrupted", "no result.json, no readable metrics.csv yet")
+
+    study = load_study(tmp_path / "demo")
+    assert list(study.runs["seed"]) == [0]
+    assert len(study.left_out) == 7
+
+
+def test_the_later_row_of_a_step_counts(tmp_path: Path) -> None:
+    run = planted.write_run(tmp_path, n_rows=3)
+    with (run / "metrics.csv").open("a") as file:
+        file.write("20,666666,9.0,,,,1.25,1.75,,,\n20,666666,9.0,0.001,3.5,0.1,,,100,,\n")
+    curves, problems = load_curves(load_runs(tmp_path))
+    assert problems == []
+    assert len(curves) == 6  # a train and a val row for each of 3 steps
+    at = curves[curves["step"] == 20]
+    assert sorted(at["val/bpb"].dropna()) == [1.75]
+    assert sorted(at["train/loss"].dropna()) == [3.5]
+    assert (curves["run"] == "demo/rwkv4_nano/seed=0").all()
+
+
+def test_damaged_metric_rows_are_skipped_and_told(tmp_path: Path) -> None:
+    run = planted.write_run(tmp_path, n_rows=3)
+    with (run / "metrics.csv").open("a") as file:
+        file.write("40,123,nonsen\x00\n50,1333333,9.0,,,,1.0,1.5,,,\n60,16")
+    other = planted.write_run(tmp_path, seed=1)
+    (other / "metrics.csv").write_text("a,b\n1,2\n")
+    empty = planted.write_run(tmp_path, seed=2)
+    (empty / "metrics.csv").write_text("")
+    curves, problems = load_curves(load_runs(tmp_path))
+    assert set(curves["run"]) == {"demo/rwkv4_nano/seed=0"}
+    assert 1.5 in set(curves["val/bpb"])
+    told = dict(problems)
+    assert "damaged rows skipped" in told["demo/rwkv4_nano/seed=0"]
+    assert "not the list of columns" in told["demo/rwkv4_nano/seed=1"]
+    assert "metrics.csv" in told["demo/rwkv4_nano/seed=2"]
+
+
+def test_damaged_scores_and_costs_leave_the_run_in(tmp_path: Path) -> None:
+    run = planted.write_run(tmp_path)
+    (run / "eval" / "cloze.json").write_text("{")
+    (run / "bench" / "generate.json").write_text('{"rows": [{"n_tokens": 1}]}')
+    study = load_study(tmp_path / "demo")
+    assert len(study.runs) == 1
+    assert set(study.scores["task"]) == {"bits_per_byte"}
+    assert study.generation.empty
+    assert any("eval/cloze.json" in reason for reason in study.left_out["reason"])
+    assert any("bench/generate.json" in reason for reason in study.left_out["reason"])
+
+
+def test_globs_and_missing_folders(tmp_path: Path) -> None:
+    planted.write_suite(tmp_path, seeds=1)
+    planted.write_run(tmp_path, suite="other")
+    assert len(load_runs(tmp_path / "demo")) == 6
+    assert set(load_runs(f"{tmp_path}/demo/rwkv4_*")["family"]) == {"rwkv4"}
+    with pytest.raises(FileNotFoundError, match="no runs in"):
+        load_runs(tmp_path / "nothing")
+
+
+def test_report_and_checkpoint_folders_are_not_runs(tmp_path: Path) -> None:
+    run = planted.write_run(tmp_path)
+    for folder in (tmp_path / "demo" / "report", tmp_path / "demo" / ".report-x"):
+        planted.write_json(folder / "result.json", {})
+    planted.write_json(run / "checkpoints" / "manifest.json", {})
+    assert list(load_runs(tmp_path / "demo")["path"]) == [str(run)]
+
+
+def test_scores_keep_lm_evals_keys_and_name_the_headline(tmp_path: Path) -> None:
+    run = planted.write_run(tmp_path, accuracy=0.31)
+    metrics = {"acc_norm,none": 0.4, "acc_norm_stderr,none": 0.02, "acc,none": 0.3,
+               "acc_stderr,none": 0.01}  # fmt: skip
+    planted.write_eval(run, "piqa", metrics)
+    planted.write_eval(run, "lambada", {"perplexity,none": 20.0, "acc,none": 0.2})
+    scores, problems = load_scores(load_runs(tmp_path))
+    assert problems == []
+    headlines = scores[scores["headline"]].set_index("task")
+    assert headlines["metric"].to_dict() == {
+        "bits_per_byte": "bits_per_byte,none",
+        "cloze": "acc,none",
+        "lambada": "acc,none",
+        "piqa": "acc,none",
+    }
+    assert headlines.loc["cloze", ["score", "stderr", "chance"]].tolist() == [0.31, 0.01, 0.25]
+    assert np.isnan(headlines.loc["bits_per_byte", "stderr"])
+    both = scores[scores["task"] == "piqa"].set_index("metric")
+    assert both["stderr"].to_dict() == {"acc,none": 0.01, "acc_norm,none": 0.02}
+
+
+def test_mean_scores_do_not_shrink_the_error_over_documents(tmp_path: Path) -> None:
+    for seed, accuracy in ((0, 0.3), (1, 0.34)):
+        planted.write_run(tmp_path, seed=seed, accuracy=accuracy)
+    scores, _ = load_scores(load_runs(tmp_path))
+    row = mean_scores(scores).set_index("metric").loc["acc,none"]
+    assert row["score"] == pytest.approx(0.32)
+    assert row["stderr"] == pytest.approx(0.01)
+    assert row["seed_sd"] == pytest.approx(0.04 / np.sqrt(2))
+    assert row["n_runs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({"fingerprint": "e" * 16}, "data fingerprint"),
+        ({"tokenizer_hash": "b" * 16}, "tokenizer"),
+        ({"budget_tokens": 2_000_000}, "token budget"),
+    ],
+)
+def test_runs_that_differ_in_what_must_match_are_refused(
+    tmp_path: Path, data: dict, name: str
+) -> None:
+    planted.write_run(tmp_path, seed=0)
+    planted.write_run(tmp_path, seed=1)
+    planted.write_run(tmp_path, model="gpt_nano", seed=0, data=data)
+    with pytest.raises(ValueError, match=f"differ in {name}") as caught:
+        load_study(tmp_path / "demo")
+    assert "(demo/gpt_nano/seed=0)" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(load_study(tmp_path / "demo", allow_mixed=True).runs) == 3
+
+
+def test_scores_of_different_protocols_are_refused(tmp_path: Path) -> None:
+    planted.write_run(tmp_path, seed=0)
+    run = planted.write_run(tmp_path, seed=1)
+    planted.write_eval(run, "cloze", {"acc,none": 0.3, "acc_stderr,none": 0.01}, 0.25, "bfloat16")
+    with pytest.raises(ValueError, match="differ in dtype of cloze: bfloat16"):
+        load_study(tmp_path / "demo")
+
+
+def test_an_unfinished_run_of_other_data_does_not_stop_the_report(tmp_path: Path) -> None:
+    planted.write_run(tmp_path, seed=0)
+    run = planted.write_run(tmp_path, seed=1, data={"fingerprint": "e" * 16})
+    (run / "result.json").unlink()
+    assert len(load_study(tmp_path / "demo").runs) == 1
+
+
+def test_no_finished_run_is_an_error_that_counts_them(tmp_path: Path) -> None:
+    run = planted.write_run(tmp_path)
+    (run / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"no finished run in .*1 running-or-interrupted"):
+        load_study(tmp_path / "demo")
+
+
+def test_repeats_are_seeds_only(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        planted.write_run(tmp_path, seed=seed, bpb=2.9, overrides="optim.lr=0.001")
+        planted.write_run(tmp_path, seed=seed, bpb=2.7, overrides="optim.lr=0.002")
+    kept, notes = best_variants(load_runs(tmp_path))
+    assert list(kept["val/bpb"]) == [2.7, 2.7]
+    assert notes == ["rwkv4_nano: best of 2 variants by val/bpb: optim.lr=0.002."]
+
+
+def test_crossing_is_where_a_model_becomes_cheaper_for_good(tmp_path: Path) -> None:
+    planted.write_run(tmp_path, model="rwkv4_nano")
+    planted.write_run(tmp_path, model="gpt_nano")
+    costs, _ = load_generation(load_runs(tmp_path))
+    of = {m: g.set_index("n_tokens") for m, g in costs.groupby("model")}
+    mine, theirs = of["rwkv4_nano"]["state_bytes"], of["gpt_nano"]["state_bytes"]
+    assert crossing(mine, theirs) == "from the first length (64)"
+    assert crossing(theirs, mine) == "not within 2048"
+    seconds = of["rwkv4_nano"]["seconds"].copy()
+    seconds[:] = [2.0, 2.0, 2.0, 0.0, 0.0, 0.0]
+    assert crossing(seconds, seconds * 0 + 1) == "from about 384"
