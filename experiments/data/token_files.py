@@ -18,6 +18,7 @@ from experiments.data.files import content_id, sampled_sha256
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document index entries
+CHECKED_BLOCK = 1 << 20  # tokens
 DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 
 
@@ -85,7 +86,7 @@ class NanoGpt:
 
 def check_ids(span: TokenSpan, vocab_size: int) -> None:
     """Raises ValueError when ids of a span (samples of a long one) exceed the vocabulary."""
-    tokens, block = span.array(), 1 << 20
+    tokens, block = span.array(), CHECKED_BLOCK
     n_blocks = min(64, -(-len(tokens) // block))
     for i in range(n_blocks):
         start = max(0, len(tokens) - block) * i // max(1, n_blocks - 1)

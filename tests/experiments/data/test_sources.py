@@ -123,9 +123,9 @@ def test_text_errors_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes(b"x" * 50 + "é".encode("latin-1") + b"y" * 2000)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(FileNotFoundError, match="no data file at .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no data file at .*nowhere"):
         TextFiles(str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="no data file at .*folder"):
+    with pytest.raises(FileNotFoundError, match=r"no data file at .*folder"):
         TextFiles(str(tmp_path / "folder"))
     with pytest.raises(ValueError, match=r"empty\.txt is empty"):
         TextFiles(str(tmp_path / "empty.txt"))

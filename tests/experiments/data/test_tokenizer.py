@@ -44,7 +44,7 @@ def bpe() -> JsonTokenizer:
 
 @pytest.fixture(scope="module")
 def with_added_tokens() -> JsonTokenizer:
-    """Like GPT-NeoX's: special end-of-text and padding, runs of spaces and a word as added tokens."""
+    """Like GPT-NeoX's: special end-of-text and padding, runs of spaces as added tokens."""
     engine = tokenizers.Tokenizer(tokenizers.models.BPE())
     engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = tokenizers.decoders.ByteLevel()
