@@ -8,11 +8,17 @@ A ladder of implementations, each tested against the one before: `wkv_reference`
 B batch, T time, C channels.
 """
 
+import warnings
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from models.ops import cpu
 from models.ops.scan import EMPTY, wkv_scan
 
+BACKENDS = ("auto", "cpu", "torch", "reference")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -30,19 +36,84 @@ def wkv(
     """
     _check(w, u, k, v, state)
     rung = live_backend(k.device, backend)
+    if rung == "cpu":
+        return _wkv(w, u, k, v, state)
     if rung == "reference":
         return wkv_reference(w, u, k, v, state)
     return wkv_scan(w, u, k, v, state)
 
 
+@torch.compiler.assume_constant_result
 def live_backend(device: torch.device | str, backend: str = "auto") -> str:
     """Name the rung ("cpu", "torch" or "reference") that `wkv` would run on device.
 
-    Raises ValueError when the backend asked for cannot be had.
+    "auto" is "cpu" for tensors on a CPU where a compiler can be had, else "torch"; the lack of a
+    compiler is warned of once. Raises ValueError when the backend asked for cannot be had.
     """
-    if backend not in ("auto", "cpu", "torch", "reference"):
-        raise ValueError(f"unknown WKV backend {backend!r}: use auto, cpu, torch or reference")
-    return "torch" if backend == "auto" else backend
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown WKV backend {backend!r}: use one of {', '.join(BACKENDS)}")
+    if backend in ("torch", "reference"):
+        return backend
+    kind = torch.device(device).type
+    if kind != "cpu":
+        if backend == "cpu":
+            raise ValueError(f"the WKV backend 'cpu' does not run on device {kind!r}: use auto")
+        return "torch"
+    reason = cpu.missing()
+    if reason is None:
+        return "cpu"
+    if backend == "cpu":
+        raise ValueError(f"the WKV backend 'cpu' cannot be had: {reason}")
+    _warn_once(reason)
+    return "torch"
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"WKV runs on the slower 'torch' backend ({reason}); install a C++ compiler to speed it up",
+        stacklevel=4,
+    )
+
+
+@torch.library.custom_op("rwkv_parity::wkv", mutates_args=(), device_types="cpu")
+def _wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    return cpu.forward(w, u, k, v, state)
+
+
+@torch.library.custom_op("rwkv_parity::wkv_backward", mutates_args=(), device_types="cpu")
+def _wkv_backward(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, gy: Tensor, g_last: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return cpu.backward(w, u, k, v, state, gy, g_last)
+
+
+@_wkv.register_fake
+def _(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    B, T, C = k.shape
+    return k.new_empty(B, T, C), w.new_empty(B, 3, C)
+
+
+@_wkv_backward.register_fake
+def _(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, gy: Tensor, g_last: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, T, C = k.shape
+    gk, gv = k.new_empty(B, T, C), k.new_empty(B, T, C)
+    return w.new_empty(C), w.new_empty(C), gk, gv, w.new_empty(B, 3, C)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, gy: Tensor, g_last: Tensor) -> tuple[Tensor | None, ...]:
+    w, u, k, v, state = ctx.saved_tensors
+    *gradients, g_state = _wkv_backward(w, u, k, v, state, gy, g_last)
+    return *gradients, None if state is None else g_state
+
+
+_wkv.register_autograd(_differentiate, setup_context=_save)
 
 
 def wkv_reference(
@@ -78,7 +149,7 @@ def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> 
         )
     B, _, C = k.shape
     wide = torch.float64 if k.dtype == torch.float64 else torch.float32
-    expected = {"w": (w, (C,)), "u": (u, (C,))}
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {"w": (w, (C,)), "u": (u, (C,))}
     if state is not None:
         expected["state"] = (state, (B, 3, C))
     for name, (x, shape) in expected.items():

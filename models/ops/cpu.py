@@ -1,0 +1,96 @@
+"""The compiled WKV on a CPU: csrc/wkv_cpu.cpp through ctypes, forward and backward.
+
+B batch, T time, C channels.
+"""
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from models.ops.build import BuildError, load_library
+
+# the numbers that for_dtype in wkv_cpu.cpp knows them by
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+
+
+def missing() -> str | None:
+    """Why the compiled rung cannot be had, in a line without a full stop, or None when it can."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    try:
+        library = load_library("wkv_cpu.cpp")
+    except BuildError as error:
+        return str(error)
+    for name, n_pointers in (("wkv_forward", 7), ("wkv_backward", 12)):
+        sizes, pointers = [ctypes.c_int64] * 3, [ctypes.c_void_p] * n_pointers
+        getattr(library, name).argtypes = [
+            ctypes.c_int, *sizes, *pointers, ctypes.c_int64, ctypes.c_void_p
+        ]  # fmt: skip
+    return library
+
+
+@cache
+def _openmp() -> int | None:
+    # PyTorch's OpenMP runtime is loaded and global by now; without one the C++ starts threads
+    try:
+        fork = ctypes.CDLL(None).GOMP_parallel
+    except AttributeError:
+        return None
+    return ctypes.cast(fork, ctypes.c_void_p).value
+
+
+def _function(name: str) -> Callable[..., int]:
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    return getattr(library, name)
+
+
+def _call(name: str, k: Tensor, *arrays: Tensor | None) -> None:
+    pointers = [None if x is None else x.data_ptr() for x in arrays]
+    status = _function(name)(
+        _DTYPES[k.dtype], *k.shape, *pointers, torch.get_num_threads(), _openmp()
+    )
+    if status != 0:
+        raise MemoryError(f"{name} ran out of memory at (B, T, C) = {tuple(k.shape)}")
+
+
+def forward(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y (B, T, C) in the dtype of k and the last state (B, 3, C); arguments as those of `wkv`."""
+    w, u, k, v = w.contiguous(), u.contiguous(), k.contiguous(), v.contiguous()
+    state = None if state is None else state.contiguous()
+    B, _, C = k.shape
+    y, last = k.new_empty(k.shape), w.new_empty(B, 3, C)
+    _call("wkv_forward", k, w, u, k, v, state, y, last)
+    return y, last
+
+
+def backward(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    gy: Tensor,
+    g_last: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of w, u, k, v and state (also when that is None), each in its input's dtype."""
+    w, u, k, v = w.contiguous(), u.contiguous(), k.contiguous(), v.contiguous()
+    state = None if state is None else state.contiguous()
+    gy, g_last = gy.contiguous(), g_last.contiguous()
+    B, _, C = k.shape
+    gw, gu, g_first = w.new_empty(B, C), w.new_empty(B, C), w.new_empty(B, 3, C)
+    gk, gv = k.new_empty(k.shape), k.new_empty(k.shape)
+    _call(
+        "wkv_backward", k, w, u, k, v, state, gy, g_last, gw, gu, gk, gv, g_first
+    )  # fmt: skip
+    return gw.sum(0), gu.sum(0), gk, gv, g_first
