@@ -44,7 +44,8 @@ def loss_curves(study: Study) -> Plot:
     if curves.empty:
         raise NothingToShowError(f"no metrics.csv has {loss}")
     title = f"{_names(runs)}: validation loss during training"
-    figure, (axes,) = style.new_figure(title, _subtitle(runs, "mean over seeds, range shaded"))
+    about = ["mean over seeds, range shaded"] if runs["seed"].nunique() > 1 else []
+    figure, (axes,) = style.new_figure(title, _subtitle(runs, *about))
     lines = curves.groupby(["family", "model", "parameters/total", "tokens"], sort=False)[loss]
     means = lines.agg(["mean", "min", "max"]).reset_index()
     for (family, model, total), line in groups(means, "family", "model", "parameters/total"):

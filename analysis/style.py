@@ -89,7 +89,7 @@ def log_axis(
 def log_ticks(low: float, high: float) -> list[float]:
     """Round values between low and high, 3 to 8 of them where the range allows."""
     if high / low < 4:
-        values: Iterable[float] = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        values: Iterable[float] = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
         return [v for v in values if low <= v <= high]
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7)):

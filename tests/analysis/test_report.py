@@ -177,6 +177,7 @@ def run_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_command_writes_the_report_and_never_imports_torch(tmp_path: Path) -> None:
     planted.write_run(tmp_path / "runs")
     done = run_command("suite=demo", cwd=tmp_path)
