@@ -5,11 +5,11 @@ Attribute names follow the official checkpoints, so that a `.pth` file loads str
 B batch, T time, C n_embd, F n_ffn, V vocabulary, L layers; l a layer's number, i a channel's.
 """
 
+import functools
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,11 +23,49 @@ PAD_KEY = -1e30  # above EMPTY_EXPONENT, and so far below any key that exp(diffe
 LayerState = tuple[Tensor, Tensor, Tensor]
 
 
-def shift(x: Tensor, previous: Tensor | None) -> Tensor:
-    """x (B, T, C) one step later in time, starting with `previous` (B, C) or zeros."""
-    if previous is None:
-        return F.pad(x, (0, 0, 1, -1))
-    return torch.cat([previous.to(x.dtype).unsqueeze(1), x[:, :-1]], dim=1)
+class TokenShift(torch.autograd.Function):
+    """Mixes of each token with the one before it: for every m, m x_t + (1 - m) x_{t-1}.
+
+    Autograd's own backward would read and write (B, T, C) seven times for each m; this does four.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, previous: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
+        """x (B, T, C), `previous` (B, C) before its first token, mixes (1, 1, C) -> (B, T, C)s."""
+        ctx.save_for_backward(x, previous, *mixes)
+        before = torch.cat([previous.unsqueeze(1), x[:, :-1]], dim=1)
+        return tuple(torch.lerp(before, x, mix) for mix in mixes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of x, of `previous` and of each mix."""
+        x, previous, *mixes = ctx.saved_tensors
+        step = x - torch.cat([previous.unsqueeze(1), x[:, :-1]], dim=1)
+        of_mixes = [(grad * step).sum((0, 1), keepdim=True) for grad in grads]
+        of_both = functools.reduce(torch.add, grads)
+        of_x = grads[0] * mixes[0]
+        for grad, mix in zip(grads[1:], mixes[1:], strict=True):
+            of_x.addcmul_(grad, mix)
+        of_before = of_both - of_x
+        of_x[:, :-1] += of_before[:, 1:]
+        return of_x, of_before[:, 0], *of_mixes
+
+
+class SquaredReLU(torch.autograd.Function):
+    """max(x, 0)^2, saving one tensor and touching memory least: F is the model's widest."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """x of any shape -> the same shape."""
+        positive = torch.relu(x)
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """2 max(x, 0) grad, in one pass."""
+        (positive,) = ctx.saved_tensors
+        return torch.addcmul(grad.new_zeros(()), grad, positive, value=2)
 
 
 class TimeMix(nn.Module):
@@ -57,13 +95,12 @@ class TimeMix(nn.Module):
             nn.init.zeros_(zero.weight)
 
     def forward(
-        self, x: Tensor, previous: Tensor | None, state: Tensor | None, pad: Tensor | None
+        self, x: Tensor, previous: Tensor, state: Tensor | None, pad: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, C) -> (B, T, C), and the WKV state (B, 3, C)."""
-        xx = shift(x, previous)
-        k = self.key(torch.lerp(xx, x, self.time_mix_k))
-        v = self.value(torch.lerp(xx, x, self.time_mix_v))
-        r = self.receptance(torch.lerp(xx, x, self.time_mix_r))
+        mixes = (self.time_mix_k, self.time_mix_v, self.time_mix_r)
+        x_k, x_v, x_r = TokenShift.apply(x, previous.to(x.dtype), *mixes)
+        k, v, r = self.key(x_k), self.value(x_v), self.receptance(x_r)
         if pad is not None:
             k = k.masked_fill(pad, max(PAD_KEY, torch.finfo(k.dtype).min / 2))
         wide = torch.promote_types(k.dtype, torch.float32)  # the op's arithmetic, never below
@@ -87,12 +124,12 @@ class ChannelMix(nn.Module):
         for zero in (self.receptance, self.value):
             nn.init.zeros_(zero.weight)
 
-    def forward(self, x: Tensor, previous: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, previous: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        xx = shift(x, previous)
-        k = self.key(torch.lerp(xx, x, self.time_mix_k))  # (B, T, F)
-        r = self.receptance(torch.lerp(xx, x, self.time_mix_r))
-        return torch.sigmoid(r) * self.value(torch.relu(k).square())
+        mixes = (self.time_mix_k, self.time_mix_r)
+        x_k, x_r = TokenShift.apply(x, previous.to(x.dtype), *mixes)
+        k = SquaredReLU.apply(self.key(x_k))  # (B, T, F)
+        return torch.sigmoid(self.receptance(x_r)) * self.value(k)
 
 
 class Block(nn.Module):
@@ -111,7 +148,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, LayerState | None]:
         """x (B, T, C) -> (B, T, C), and this layer's state if one came in; pad (B, T, 1) bool."""
         x = self.ln0(x)
-        att_previous, ffn_previous, wkv_state = state or (None, None, None)
+        nothing = x.new_zeros(x.shape[0], x.shape[2])
+        att_previous, ffn_previous, wkv_state = state or (nothing, nothing, None)
         att_x = self.ln1(x)
         if pad is not None:  # the first real token must find zeros before it
             att_x = att_x.masked_fill(pad, 0)

@@ -1,0 +1,122 @@
+"""RWKV-4's own: initialisation by the official code's formulas, checkpoint names, its operators."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from models.rwkv4 import RWKV4, SquaredReLU, TokenShift
+
+V, L, C = 300, 3, 48
+
+
+@pytest.fixture(scope="module")
+def model() -> RWKV4:
+    torch.manual_seed(0)
+    return RWKV4(vocab_size=V, n_layer=L, n_embd=C, ctx_len=8)
+
+
+def test_state_dict_has_the_names_and_shapes_of_official_checkpoints(model: RWKV4) -> None:
+    vector, mix, square = (C,), (1, 1, C), (C, C)
+    block = {
+        **{f"{norm}.{part}": vector for norm in ("ln1", "ln2") for part in ("weight", "bias")},
+        **{f"att.{name}": vector for name in ("time_decay", "time_first")},
+        **{f"att.time_mix_{name}": mix for name in "kvr"},
+        **{f"att.{name}.weight": square for name in ("key", "value", "receptance", "output")},
+        **{f"ffn.time_mix_{name}": mix for name in "kr"},
+        "ffn.key.weight": (4 * C, C),
+        "ffn.receptance.weight": square,
+        "ffn.value.weight": (C, 4 * C),
+    }
+    expected = {f"blocks.{l}.{name}": shape for l in range(L) for name, shape in block.items()}
+    expected |= {"blocks.0.ln0.weight": vector, "blocks.0.ln0.bias": vector}
+    expected |= {"emb.weight": (V, C), "head.weight": (V, C)}
+    expected |= {"ln_out.weight": vector, "ln_out.bias": vector}
+    assert {name: tuple(p.shape) for name, p in model.state_dict().items()} == expected
+    assert len(expected) == 18 * L + 6
+
+
+@pytest.mark.parametrize("layer", range(L))
+def test_vectors_start_as_in_the_official_code(model: RWKV4, layer: int) -> None:
+    att, ffn = model.blocks[layer].att, model.blocks[layer].ffn
+    rho0, rho1 = layer / (L - 1), 1 - layer / L
+    for i in range(C):
+        mix = (i / C) ** rho1
+        expected = {
+            "time_decay": -5 + 8 * (i / (C - 1)) ** (0.7 + 1.3 * rho0),
+            "time_first": math.log(0.3) + 0.5 * ((i + 1) % 3 - 1),
+            "time_mix_k": mix,
+            "time_mix_v": mix + 0.3 * rho0,
+            "time_mix_r": (i / C) ** (0.5 * rho1),
+        }
+        for name, value in expected.items():
+            assert getattr(att, name).flatten()[i].item() == pytest.approx(value, abs=1e-6), name
+        assert ffn.time_mix_k.flatten()[i].item() == pytest.approx(mix, abs=1e-6)
+        assert ffn.time_mix_r.flatten()[i].item() == pytest.approx(mix, abs=1e-6)
+
+
+def test_matrices_start_as_in_the_official_code(model: RWKV4) -> None:
+    eye = torch.eye(C)
+    for block in model.blocks:
+        for zero in (block.att.key, block.att.receptance, block.att.output):
+            assert not zero.weight.any()
+        assert not block.ffn.receptance.weight.any()
+        assert not block.ffn.value.weight.any()
+        value, key = block.att.value.weight, block.ffn.key.weight
+        torch.testing.assert_close(value @ value.T, eye, atol=1e-5, rtol=0)
+        torch.testing.assert_close(key.T @ key, 4 * eye, atol=1e-5, rtol=0)  # gain 2
+        for norm in (block.ln1, block.ln2):
+            assert (norm.weight == 1).all()
+            assert (norm.bias == 0).all()
+    head, emb = model.head.weight, model.emb.weight
+    torch.testing.assert_close(head.T @ head, 0.25 * V / C * eye, atol=1e-4, rtol=0)
+    assert emb.abs().max() <= 1e-4
+    assert emb.std().item() == pytest.approx(1e-4 / math.sqrt(3), rel=0.02)
+    assert emb.abs().max() > 0.99e-4
+
+
+def test_the_seed_decides_the_initialisation() -> None:
+    first, second = (
+        (torch.manual_seed(7), RWKV4(vocab_size=9, n_layer=1, n_embd=8, ctx_len=8))[1]
+        for _ in range(2)
+    )
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
+
+
+def test_runs_past_its_trained_context(model: RWKV4) -> None:
+    assert model.max_ctx is None
+    with torch.no_grad():
+        logits, _ = model(torch.randint(V, (1, 50)))
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("T", [1, 2, 5])
+def test_token_shift(T: int) -> None:
+    x = torch.randn(2, T, 3, dtype=torch.float64, requires_grad=True)
+    previous = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    mixes = [torch.randn(1, 1, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    for mix, mixed in zip(mixes, TokenShift.apply(x, previous, *mixes), strict=True):
+        for t in range(T):
+            before = x[:, t - 1] if t else previous
+            torch.testing.assert_close(mixed[:, t], mix[0] * x[:, t] + (1 - mix[0]) * before)
+    assert torch.autograd.gradcheck(TokenShift.apply, (x, previous, *mixes))
+
+
+def test_squared_relu() -> None:
+    x = torch.tensor([-2.0, -0.5, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    assert SquaredReLU.apply(x).tolist() == [0, 0, 0.25, 9]
+    assert torch.autograd.gradcheck(SquaredReLU.apply, (x,))
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "n_layer", "n_embd", "ctx_len", "n_ffn"])
+def test_impossible_sizes_are_refused(name: str) -> None:
+    sizes = {"vocab_size": 9, "n_layer": 1, "n_embd": 8, "ctx_len": 8, "n_ffn": 16}
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        RWKV4(**sizes | {name: 0})
+
+
+@pytest.mark.parametrize("n_pad", [torch.zeros(3, dtype=torch.int64), torch.zeros(2)])
+def test_n_pad_must_fit_the_batch(model: RWKV4, n_pad: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=re.escape("n_pad must be int64 of shape (2,)")):
+        model.init_state(2, n_pad)
