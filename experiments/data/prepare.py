@@ -92,12 +92,10 @@ def _make(
 
 def _settings(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     node = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
+    missing = _missing(OmegaConf.to_container(node), "data")
+    if missing:
+        raise ValueError(f"data config: {', '.join(missing)} must be given ({missing[0]}=...)")
     try:
-        missing = sorted(OmegaConf.missing_keys(node))
-        if missing:
-            raise ValueError(
-                f"data config: {', '.join(missing)} must be given (data.{missing[0]}=...)"
-            )
         settings = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"data config: {str(error).splitlines()[0]}") from None
@@ -106,6 +104,12 @@ def _settings(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     if val_tokens is not None and val_tokens < 2:
         raise ValueError(f"data.val_tokens={val_tokens}: held-out text needs at least 2 tokens")
     return {str(key): value for key, value in settings.items()}
+
+
+def _missing(node: Any, name: str) -> list[str]:
+    if isinstance(node, dict):
+        return [key for k, v in node.items() for key in _missing(v, f"{name}.{k}")]
+    return [name] if node == "???" else []
 
 
 def _check_vocabulary(size: int | None, tokenizer: Tokenizer | partial[Tokenizer]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from experiments.data.files import content_id, find_files
 
-PIECE_CHARS = 1 << 20
+PIECE_CHARS = 1 << 16  # small, so that one long document can keep many cores busy
 Piece = tuple[str, bool]
 
 

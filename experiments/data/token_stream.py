@@ -20,7 +20,7 @@ from tqdm import tqdm
 from experiments.data.sources import Piece
 from experiments.data.tokenizer import Tokenizer
 
-BATCH_CHARS = 1 << 20
+BATCH_CHARS = 2 << 20
 XZ_BYTES = 16 << 20
 TOKEN_DTYPES = ("uint8", "uint16", "int32")
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -248,11 +249,14 @@ def train_bpe(texts: Iterator[str], vocab_size: int, max_chars: int) -> JsonToke
 
 
 def _head(texts: Iterator[str], limit: int) -> Iterator[str]:
-    for text in texts:
-        yield _without_surrogates(text[:limit])
-        limit -= len(text)
-        if limit <= 0:
-            return
+    n_read = 0
+    with tqdm(desc="reading for BPE", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        for text in texts:
+            yield _without_surrogates(text[: limit - n_read])
+            n_read += len(text)
+            bar.update(len(text))
+            if n_read >= limit:
+                return
 
 
 def _without_surrogates(text: str) -> str:

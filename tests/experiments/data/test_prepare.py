@@ -187,7 +187,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(texts: Path, tmp_path: Path) -
     (tmp_path / "tiny.txt").write_text("x")
     text_files = {"_target_": "experiments.data.sources.TextFiles"}
     cases = [
-        (config(texts, source=text_files | {"paths": "???"}), r"source\.paths must be given"),
+        (config(texts, source=text_files | {"paths": "???"}), r"data\.source\.paths must be given"),
         (config(tmp_path / "nowhere"), "no data file at"),
         (config(tmp_path / "tiny.txt"), "has no .* text"),
         (config(texts, source=text_files | {"paths": str(texts), "pahts": 1}), "pahts"),
