@@ -1,0 +1,331 @@
+"""Score finished runs zero-shot through lm-eval; one JSON file a run and task, `eval/<task>.json`.
+
+    python -m experiments.evaluate suite=demo
+    python -m experiments.evaluate run='runs/demo/rwkv4_*/*' tasks=paper12
+
+A task that is scored already, for the same weights and the same protocol, is not scored again.
+"""
+
+import difflib
+import json
+import logging
+import os
+import sys
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from experiments.entry import RunFailed, entry, one_line
+from experiments.run_dir import RunDir, find_runs, load_model, plain, write_json
+from experiments.scores import held_out, read_scored, result_file, weights_hash
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+    from experiments.data.token_data import TokenData
+    from experiments.lm_eval_adapter import LanguageModelLM
+
+# What lm-eval reports for each task, and the name under which our files have it.
+PARTS = {
+    "results": "results",
+    "versions": "versions",
+    "n-shot": "n-shot",
+    "higher_is_better": "higher_is_better",
+    "configs": "config",
+    "n-samples": "n-samples",
+}
+
+
+class Tasks:
+    """The tasks asked for, each loaded once, when it is first needed.
+
+    Args:
+        names: lm-eval's names of tasks, groups or tags, or those of `OWN_TASKS`.
+        include_path: a folder of further task yaml files, or None.
+        seed: of the questions of our own tasks.
+
+    Raises:
+        ValueError: for a name that nobody knows, with names like it, or none at all.
+    """
+
+    def __init__(self, names: list[str], include_path: str | None, seed: int) -> None:
+        from experiments.tasks import OWN_TASKS
+
+        if not names:
+            raise ValueError("no task to score: give tasks.tasks=[NAME,...]")
+        if include_path is not None and not Path(include_path).is_dir():
+            raise FileNotFoundError(f"tasks.include_path={include_path} is not a folder")
+        self.names = list(dict.fromkeys(names))
+        self.include_path = include_path
+        self.seed = seed
+        self._own = OWN_TASKS
+        self._loaded: dict[tuple[str, str], dict[str, Any] | ValueError] = {}
+        for name in self.names:
+            if name not in OWN_TASKS and name not in self._manager.all_tasks:
+                near = difflib.get_close_matches(name, [*OWN_TASKS, *self._manager.all_tasks], 5)
+                hint = f"; like it are {', '.join(near)}" if near else ""
+                raise ValueError(f"lm-eval knows no task {name!r}{hint}")
+
+    @cached_property
+    def _manager(self) -> "TaskManager":
+        """lm-eval's index of task files; reading all of its own takes ten seconds."""
+        from lm_eval.tasks import TaskManager
+
+        if self.include_path is not None:
+            local = TaskManager(include_path=self.include_path, include_defaults=False)
+            if all(name in self._own or name in local.all_tasks for name in self.names):
+                return local
+        print("reading the index of lm-eval's tasks ...", flush=True)
+        return TaskManager(include_path=self.include_path)
+
+    def uses_data(self, name: str) -> bool:
+        """True if a task is made from the run's own held-out text."""
+        return name in self._own
+
+    def members(self, name: str) -> list[str] | None:
+        """Names of the tasks behind a name, None for a group, which must be loaded to tell."""
+        if name in self._own:
+            return [name]
+        entry_ = self._manager.task_index[name]
+        if entry_.kind.name == "TAG":
+            return sorted(entry_.tags)
+        return None if entry_.kind.name == "GROUP" else [name]
+
+    def load(self, name: str, data: "TokenData | None") -> dict[str, Any]:
+        """lm-eval's dictionary of task objects for a name; `data` for a task of our own.
+
+        Raises:
+            ValueError: if it cannot be built, for want of a network, say.
+        """
+        key = (name, data.fingerprint if data else "")
+        if key not in self._loaded:
+            try:
+                self._loaded[key] = self._build(name, data)
+            except Exception as error:  # task files run code of all kinds
+                self._loaded[key] = ValueError(load_failure(error))
+        loaded = self._loaded[key]
+        if isinstance(loaded, ValueError):
+            raise loaded
+        return loaded
+
+    def _build(self, name: str, data: "TokenData | None") -> dict[str, Any]:
+        from lm_eval.api.task import ConfigurableTask
+
+        if data is None:
+            return dict(self._manager.load([name]))
+        return {"tasks": {name: ConfigurableTask(config=self._own[name](data, self.seed))}}
+
+
+def load_failure(error: Exception) -> str:
+    """Why a task could not be loaded and what to do, in one line."""
+    if isinstance(error, OSError) and not isinstance(error, PermissionError):
+        return (
+            f"its documents are neither cached here nor can they be downloaded "
+            f"({one_line(error)[:160]}): load it once where there is a network and copy HF_HOME, "
+            "or describe local files in a task yaml and give its folder as tasks.include_path"
+        )
+    return one_line(error)[:300]
+
+
+class Evaluation:
+    """All tasks of one configuration, to be run on one run after the other."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        import torch
+
+        self.cfg = cfg
+        wanted = plain(cfg.tasks)
+        self.limit, self.num_fewshot = wanted["limit"], wanted["num_fewshot"]
+        self.gen_kwargs, self.bootstrap_iters = wanted["gen_kwargs"], wanted["bootstrap_iters"]
+        if self.limit is not None and self.limit <= 0:
+            raise ValueError(f"tasks.limit must be positive or null, got {self.limit}")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ValueError(f"tasks.num_fewshot must be at least 0, got {self.num_fewshot}")
+        self.device = cfg.device
+        if cfg.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.tasks = Tasks(wanted["tasks"], wanted["include_path"], cfg.seed)
+        self.failures: list[str] = []
+
+    def score(self, run: RunDir) -> dict[str, dict[str, Any]]:
+        """Score a run on every task; the content of its result files by task name.
+
+        What fails is printed and noted in `failures`; the rest goes on.
+        """
+        contents: dict[str, dict[str, Any]] = {}
+        try:
+            lm = self._language_model(run)
+            weights = weights_hash(lm.model)
+        except (ValueError, OSError, RuntimeError) as error:
+            self._fail(str(run.path), error)
+            return contents
+        for name in self.tasks.names:
+            try:
+                contents |= self._score_task(run, lm, name, weights)
+            except Exception as error:  # whatever a task or a device can throw: the others go on
+                self._fail(f"{run.path} {name}", error)
+        return contents
+
+    def _fail(self, what: str, error: Exception) -> None:
+        self.failures.append(what)
+        print(f"error: {what}: {describe(error)}", file=sys.stderr, flush=True)
+
+    def _language_model(self, run: RunDir) -> "LanguageModelLM":
+        from experiments.data.tokenizer import Tokenizer
+        from experiments.lm_eval_adapter import LanguageModelLM
+
+        file = run.path / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: text cannot be turned into tokens")
+        return LanguageModelLM(
+            load_model(run, self.cfg.checkpoint, self.device),
+            Tokenizer.from_json(file.read_text(encoding="utf-8")),
+            prefix=self.cfg.prefix,
+            dtype=self.cfg.dtype,
+            rolling_ctx=self.cfg.rolling_ctx,
+            batch_tokens=self.cfg.batch_tokens,
+            seed=self.cfg.seed,
+        )
+
+    def _score_task(
+        self, run: RunDir, lm: "LanguageModelLM", name: str, weights: str
+    ) -> dict[str, dict[str, Any]]:
+        data = held_out(run) if self.tasks.uses_data(name) else None
+        protocol = self._protocol(lm, name, weights, data)
+        members = self.tasks.members(name)
+        loaded = None
+        if members is None:
+            loaded = self.tasks.load(name, data)
+            members = list(loaded["tasks"])
+        old = {member: read_scored(result_file(run, member), protocol) for member in members}
+        if not self.cfg.force and all(old.values()):
+            print(f"{run.path}: {name} is scored already", flush=True)
+            return {member: content for member, content in old.items() if content}
+        loaded = loaded or self.tasks.load(name, data)
+        start, n_truncated = time.perf_counter(), lm.n_truncated
+        results = self._run(lm, loaded)
+        seconds = time.perf_counter() - start
+        extra = {"n_truncated": lm.n_truncated - n_truncated, "time_s": round(seconds, 3)}
+        contents = split_by_task(results, protocol | extra)
+        for task, content in contents.items():
+            write_json(result_file(run, task), content)
+        print(f"{run.path}: {name} scored in {seconds:.1f} s", flush=True)
+        return contents
+
+    def _run(self, lm: "LanguageModelLM", loaded: dict[str, Any]) -> dict[str, Any]:
+        import random
+
+        import numpy as np
+        import torch
+        from lm_eval.evaluator import evaluate
+
+        seed = self.cfg.seed
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        for task in loaded["tasks"].values():
+            own = task.get_config("num_fewshot")
+            if own is None or (own != 0 and self.num_fewshot is not None):  # a fixed 0 stays 0
+                task.set_config("num_fewshot", self.num_fewshot or 0)
+            if self.gen_kwargs and task.get_config("output_type") == "generate_until":
+                task.set_config("generation_kwargs", dict(self.gen_kwargs), update=True)
+            task.set_fewshot_seed(seed)
+        return evaluate(
+            lm,
+            loaded,
+            limit=self.limit,
+            bootstrap_iters=self.bootstrap_iters,
+            log_samples=False,
+        )
+
+    def _protocol(
+        self, lm: "LanguageModelLM", name: str, weights: str, data: "TokenData | None"
+    ) -> dict[str, Any]:
+        """Everything that decides a score; another value of anything is another score."""
+        from importlib.metadata import version
+
+        protocol = {
+            "lm_eval": version("lm-eval"),
+            "checkpoint": self.cfg.checkpoint,
+            "weights": weights,
+            **lm.protocol,
+            "num_fewshot": self.num_fewshot,
+            "limit": self.limit,
+            "gen_kwargs": self.gen_kwargs,
+            "bootstrap_iters": self.bootstrap_iters,
+            "seed": self.cfg.seed,
+        }
+        if data is not None:
+            from experiments.tasks import VERSIONS
+
+            protocol |= {"data": data.fingerprint, "task_version": VERSIONS[name]}
+        return protocol
+
+
+def describe(error: Exception) -> str:
+    """An error as one line; its type too, unless the line was written for users."""
+    line = one_line(error)[:400]
+    return line if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {line}"
+
+
+def split_by_task(results: dict[str, Any], protocol: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """lm-eval's results as one such dictionary for each task (and group with scores of its own)."""
+    from lm_eval.utils import handle_non_serializable
+
+    contents = {}
+    for task, scores in results["results"].items():
+        if not any(isinstance(v, int | float) and "," in k for k, v in scores.items()):
+            continue  # a group that does not average its tasks
+        content: dict[str, Any] = {"protocol": protocol}
+        for theirs, ours in PARTS.items():
+            content[ours] = {k: v for k, v in results[theirs].items() if k == task}
+        content["config"].get(task, {}).pop("custom_dataset", None)  # code, for our own tasks
+        contents[task] = json.loads(json.dumps(content, default=handle_non_serializable))
+    return contents
+
+
+def table(scored: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """lm-eval's own table over all runs: run -> task -> content of its file."""
+    from lm_eval.utils import make_table
+
+    rows: dict[str, dict[str, Any]] = {name: {} for name in PARTS.values()}
+    for run, contents in scored.items():
+        for task, content in contents.items():
+            for part in PARTS.values():
+                rows[part] |= {f"{run} {task}": v for v in content[part].values()}
+            rows["results"][f"{run} {task}"] |= {"alias": f"{run} {task}"}
+    return make_table(rows)
+
+
+@entry("evaluate")
+def main(cfg: DictConfig) -> None:
+    if (cfg.run is None) == (cfg.suite is None):
+        raise ValueError("say what to score: run=DIRECTORY (or a glob, or a list) or suite=NAME")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # before lm-eval imports it
+    pattern = f"{cfg.paths.runs}/{cfg.suite}/*/*" if cfg.run is None else plain(cfg)["run"]
+    runs = find_runs(pattern)
+    finished = [run for run in runs if run.finished]
+    for run in runs:
+        if not run.finished:
+            print(f"{run.path}: not finished, skipped", flush=True)
+
+    import torch
+
+    if cfg.n_threads is not None:
+        torch.set_num_threads(cfg.n_threads)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    evaluation = Evaluation(cfg)
+    scored = {run.name: evaluation.score(run) for run in finished}
+    if any(scored.values()):
+        print(table(scored))
+    if evaluation.failures:
+        failed = ", ".join(evaluation.failures)
+        raise RunFailed(f"not scored, for the reasons above: {failed}")
+
+
+if __name__ == "__main__":
+    main()
