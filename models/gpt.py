@@ -178,7 +178,7 @@ class GPT(LanguageModel):
                 real = (place >= n_pad[:, None])[:, None, None]
                 itself = place == position[:, None]  # or a pad sees nothing at all: NaN
                 mask = mask & real | itself
-                position = (position - n_pad[:, None]).clamp(min=0)  # (B, T)
+                position = (position - n_pad[:, None]).clamp(min=0)  # (B, T), those it has alone
         angles = rotary_angles(position, self.n_rotary).unsqueeze(-2)  # (B or nothing, T, 1, R/2)
         return (angles.cos(), angles.sin()), mask
 

@@ -57,3 +57,13 @@ def test_no_rotary_channels_means_no_positions() -> None:
     with torch.no_grad():
         swapped = model(ids[:, [1, 0, 2, 3]])[0]
         torch.testing.assert_close(model(ids)[0][:, 2:], swapped[:, 2:])
+
+
+def test_positions_start_after_the_padding() -> None:
+    model = GPT(vocab_size=9, n_layer=2, n_embd=16, n_head=2, ctx_len=8)
+    ids = torch.randint(9, (2, 7))
+    with torch.no_grad():
+        _, padded = model(ids, model.init_state(2, torch.tensor([0, 3])))
+        _, alone = model(ids[1:, 3:], model.init_state(1))
+    for name, value in alone.items():  # keys carry their position
+        torch.testing.assert_close(padded[name][1:, :, 3:], value)
