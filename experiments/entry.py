@@ -4,9 +4,11 @@ Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted.
 Set HYDRA_FULL_ERROR=1 to see tracebacks.
 """
 
+import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,22 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+ONE_LINE = "RWKV_PARITY_ONE_LINE_ERRORS"
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 
 
 class RunFailed(Exception):
     """A run failed for a reason already reported; the entry exits with code 1."""
+
+
+REPORTED = (
+    RunFailed,
+    ValueError,
+    OSError,
+    ImportError,
+    HydraException,
+    OmegaConfBaseException,
+)
 
 
 def one_line(error: BaseException) -> str:
@@ -39,33 +52,37 @@ def fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def guard(function: Callable[[], Any]) -> None:
-    """Run a command line entry: bad input becomes one line and exit code 2, not a traceback."""
-    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    # Hydra would print and exit by itself; asked for full errors it hands them to us instead
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Within it, bad input ends the process with one line and exit code 2, not a traceback."""
+    # Hydra would print and exit by itself; asked for full errors it hands them to us instead. The
+    # second variable tells this process's children that the user did not ask.
+    if os.environ.get("HYDRA_FULL_ERROR") != "1":
+        os.environ["HYDRA_FULL_ERROR"] = os.environ[ONE_LINE] = "1"
     try:
-        function()
+        yield
+    except Exception as error:
+        if ONE_LINE not in os.environ or not isinstance(error, REPORTED):
+            raise
+        fail(one_line(error), 1 if isinstance(error, RunFailed) else 2)
     except KeyboardInterrupt:
         fail("interrupted", 130)
-    except RunFailed as error:
-        if full_error:
-            raise
-        fail(str(error), 1)
-    except (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException) as error:
-        if full_error:
-            raise
-        fail(one_line(error), 2)
 
 
 def entry(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Decorator: turn ``task(cfg)`` into a command line entry configured by conf/<name>.yaml."""
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @functools.wraps(task)
+        def guarded(cfg: DictConfig) -> Any:
+            with one_line_errors():  # here, or Hydra would add lines of its own
+                return task(cfg)
+
         composed = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=name)
 
         def main() -> None:
-            guard(composed(task))
+            with one_line_errors():
+                composed(guarded)()
 
         return main
 

@@ -9,11 +9,12 @@ import logging
 import sys
 import traceback
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from experiments.callbacks import (
@@ -28,11 +29,11 @@ from experiments.callbacks import (
 )
 from experiments.data.prepare import prepare
 from experiments.data.token_data import TokenData, TokenDataModule
-from experiments.entry import RunFailed, guard, one_line
+from experiments.entry import RunFailed, one_line, one_line_errors
 from experiments.lit_lm import LitLM
 from experiments.manifest import PRECISIONS, manifest
 from experiments.optim import make_optimizer
-from experiments.run_dir import RunDir, plain, read_checkpoint, write_json, write_text
+from experiments.run_dir import RunDir, make, plain, read_checkpoint, write_json, write_text
 from models.language_model import LanguageModel
 
 
@@ -45,7 +46,7 @@ def fit(run: RunDir) -> None:
     data = TokenData.open(prepare(cfg.data))
     n_steps = step_count(cfg)
     L.seed_everything(cfg.seed, verbose=False)
-    model = instantiate(cfg.model.net)
+    model = make(cfg.model.net)
     check_model(model, cfg, data)
     trainer, module, datamodule = build(run, model, data, n_steps)
 
@@ -119,7 +120,7 @@ def build(
     module = LitLM(
         model,
         make_optimizer=lambda m: make_optimizer(m, **optim),
-        schedule=instantiate(cfg.schedule.function),
+        schedule=make(cfg.schedule.function),
         total_steps=n_steps,
         loss=cfg.loss,
         penalty=cfg.optim.max_logit_penalty,
@@ -187,7 +188,7 @@ def make_loggers(cfg: DictConfig, run: RunDir) -> list[Any]:
     }
     loggers = []
     for key, node in cfg.logger.items():
-        logger = instantiate(node, save_dir=str(run.path), **extra.get(key, {}))
+        logger = make(node, save_dir=str(run.path), **extra.get(key, {}))
         logger.log_hyperparams(plain(cfg))
         loggers.append(logger)
     return loggers
@@ -210,7 +211,7 @@ def attempt(run: RunDir) -> None:
     """``fit`` under the run's lock; a failure leaves its reason in ``error.txt``."""
     error_file = run.path / "error.txt"
     try:
-        with run.lock():
+        with run.lock() if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
             fit(run)
         error_file.unlink(missing_ok=True)
     except LossNotFinite as error:
@@ -238,7 +239,8 @@ def attempt(run: RunDir) -> None:
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python -m experiments.fit RUN_DIR")
-    guard(lambda: attempt(RunDir(sys.argv[1])))
+    with one_line_errors():
+        attempt(RunDir(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -71,11 +71,11 @@ def run_tag(overrides: Sequence[str], seed: int) -> str:
         if key in NAMED_BY_PATH or key.startswith("hydra") or covers(EXECUTION_KEYS, key):
             continue
         kept.append(f"{key}={value}")
-    tag = ",".join([f"seed={seed}", *sorted(kept)])
+    tag = ",".join(sorted(kept))
     safe = re.sub(r"[^A-Za-z0-9=.,_+-]+", "-", tag)
-    if safe != tag or len(safe) > 100:  # two different tags must never share a directory
-        safe = f"{safe[:80]}-{hashlib.sha256(tag.encode()).hexdigest()[:8]}"
-    return safe
+    if safe != tag or len(safe) > 80:  # two different tags must never share a directory
+        safe = f"{safe[:64]}-{hashlib.sha256(tag.encode()).hexdigest()[:8]}"
+    return f"seed={seed},{safe}" if safe else f"seed={seed}"
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -303,6 +303,23 @@ def model_weights(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     return weights
 
 
+def make(node: DictConfig, **kwargs: Any) -> Any:
+    """Instantiate a config node whose target is allowed.
+
+    Raises:
+        ValueError: if its target cannot be built from these values, with the target's own reason.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    check_targets(plain(node))
+    try:
+        return instantiate(node, **kwargs)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise ValueError(" ".join(str(cause).split())) from error
+
+
 def load_model(run: RunDir, checkpoint: str = "best", device: str = "cpu") -> "LanguageModel":
     """Build a run's model from its frozen config and load its weights, in evaluation mode.
 
@@ -310,10 +327,8 @@ def load_model(run: RunDir, checkpoint: str = "best", device: str = "cpu") -> "L
         FileNotFoundError: if there is no such checkpoint.
         ValueError: if it is damaged or does not fit the config.
     """
-    from hydra.utils import instantiate
-
     path = run.checkpoint(checkpoint)
-    model = instantiate(run.config.model.net)
+    model = make(run.config.model.net)
     try:
         model.load_state_dict(model_weights(read_checkpoint(path), path))
     except RuntimeError as error:

@@ -4,32 +4,20 @@ Every run is frozen into its directory first and trained in a fresh process from
 command again skips what is finished, goes on with what is not, and refuses what differs.
 """
 
+import contextlib
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from experiments.entry import entry, one_line
 from experiments.run_dir import RunDir
-
-
-@dataclass
-class Outcome:
-    """How one job of a sweep ended."""
-
-    run: str
-    status: str  # done, skipped, failed
-    detail: str = ""
-    exit_code: int = 0
+from experiments.sweep import Outcome
 
 
 def train(cfg: DictConfig, overrides: Sequence[str]) -> Outcome:
@@ -39,6 +27,11 @@ def train(cfg: DictConfig, overrides: Sequence[str]) -> Outcome:
         ValueError: if the run cannot be frozen, or its folder belongs to another config.
         KeyboardInterrupt: if it was stopped by a signal.
     """
+    if cfg.data.vocab_size is None:  # the tokenizer file knows it
+        from experiments.data.prepare import prepare
+        from experiments.data.token_data import TokenData
+
+        cfg.data.vocab_size = TokenData.open(prepare(cfg.data)).vocab_size
     run = RunDir.freeze(cfg, overrides)
     if run.finished:
         print(f"{run.name}: finished already", flush=True)
@@ -54,6 +47,8 @@ def train(cfg: DictConfig, overrides: Sequence[str]) -> Outcome:
         reason = error_file.read_text(encoding="utf-8").partition("\n")[0]
     if code == 2 and not run.has_training:
         shutil.rmtree(run.path)  # bad input, nothing trained: leave nothing behind
+        with contextlib.suppress(OSError):  # nor an empty folder of this model
+            run.path.parent.rmdir()
     return Outcome(str(run.path), "failed", reason, code)
 
 
@@ -67,31 +62,6 @@ def run_child(command: list[str]) -> int:
         return child.wait()
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-class SweepReport(Callback):
-    """Lists how the jobs of a multirun ended; leaves with exit code 1 if one failed."""
-
-    def __init__(self) -> None:
-        self.outcomes: list[Outcome] = []
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if job_return.status == JobStatus.COMPLETED and isinstance(
-            job_return.return_value, Outcome
-        ):
-            self.outcomes.append(job_return.return_value)
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        counts = {s: [o for o in self.outcomes if o.status == s] for s in ("done", "skipped")}
-        failed = [o for o in self.outcomes if o.status == "failed"]
-        print(
-            f"sweep: {len(counts['done'])} trained, {len(counts['skipped'])} finished before, "
-            f"{len(failed)} failed"
-        )
-        for outcome in failed:
-            print(f"  failed: {outcome.run}: {outcome.detail}", file=sys.stderr)
-        if failed:
-            sys.exit(1)
 
 
 @entry("train")

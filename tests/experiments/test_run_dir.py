@@ -45,10 +45,11 @@ def test_tag_names_what_is_computed_and_nothing_else() -> None:
 
 def test_tags_of_different_overrides_differ_and_stay_in_their_folder() -> None:
     tags = [
-        run_tag([f"data.source.path={path}"], 0)
+        run_tag([f"data.source.paths={path}"], 0)
         for path in ("a/b", "a-b", "a b", "../../b", "/etc/passwd", "x" * 300, "x" * 301)
     ]
     assert len(set(tags)) == len(tags)
+    assert run_tag(["data.source.paths=a/b"], 1) == tags[0].replace("seed=0", "seed=1")
     for tag in tags:
         assert "/" not in tag
         assert len(tag) <= 100

@@ -1,0 +1,31 @@
+# make demo, make test: each makes .venv if absent, installs, and runs.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: setup demo test check
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "error: Python %d.%d found; 3.11 to 3.13 is needed (make PYTHON=python3.12 ...)" % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Train both families at four sizes, score every run, measure generation, open the report.
+demo: setup
+	$(BIN)/python -m experiments.train experiment=demo
+	$(BIN)/python -m experiments.evaluate suite=demo
+	$(BIN)/python -m experiments.benchmark bench=generate suite=demo
+	$(BIN)/python -m analysis.report suite=demo
+
+# The quick tests first, then the slow ones (those that start processes).
+test: setup
+	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m slow
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
