@@ -1,0 +1,65 @@
+"""bench=loss: holding the logits whole, or never: time and peak memory of head and cross-entropy.
+
+N tokens, C n_embd, V vocabulary.
+"""
+
+import statistics
+from collections.abc import Callable
+from itertools import product
+
+import torch
+from torch import nn
+
+from experiments.bench_measure import (
+    Report,
+    check_counts,
+    interleaved,
+    paired_ratio,
+    peak_memory,
+)
+from experiments.lit_lm import cross_entropy
+from experiments.manifest import PRECISIONS
+
+TOY = {"n_tokens": 8, "n_embd": 8, "vocab_size": 16}
+
+
+def loss(n_tokens: int, n_embd: int, vocab_size: int, repeats: int) -> Report:
+    """Time and peak memory of loss=full and loss=chunked, in float32 and under bf16 autocast."""
+    sizes = {"n_tokens": n_tokens, "n_embd": n_embd, "vocab_size": vocab_size}
+    check_counts(**sizes, repeats=repeats)
+    cases = list(product(("32-true", "bf16-mixed"), ("full", "chunked")))
+    seconds = interleaved(
+        {f"{p}/{kind}": loss_step(kind, p, **sizes) for p, kind in cases}, repeats, warmup=1
+    )
+    rows = []
+    for precision, kind in cases:
+        name = f"{precision}/{kind}"
+        case = {"kind": kind, "precision": precision}
+        row = {"precision": precision, "loss": kind, "seconds": statistics.median(seconds[name])}
+        row["time_over_full"] = paired_ratio(seconds[name], seconds[f"{precision}/full"])
+        row["peak_mem_bytes"] = peak_memory(loss_step, case | TOY, case | sizes)
+        rows.append(row)
+    title = f"Head and cross-entropy, forward and backward, {n_tokens} x {n_embd} x {vocab_size}"
+    note = (
+        "Memory: peak resident bytes in a fresh process, with features, head and their gradients "
+        "(float32), without the libraries."
+    )
+    return Report({title: rows}, [note])
+
+
+def loss_step(
+    kind: str, precision: str, n_tokens: int, n_embd: int, vocab_size: int
+) -> Callable[[], None]:
+    """Forward and backward of one loss; gradients of the features and of the head."""
+    torch.manual_seed(0)
+    x = torch.randn(1, n_tokens, n_embd, requires_grad=True)
+    head = nn.Linear(n_embd, vocab_size, bias=False)
+    targets = torch.randint(vocab_size, (1, n_tokens))
+
+    def step() -> None:
+        x.grad = head.weight.grad = None
+        with torch.autocast("cpu", PRECISIONS[precision], enabled=precision != "32-true"):
+            nats = cross_entropy(x, head, targets, kind)
+        nats.backward()
+
+    return step

@@ -1,0 +1,176 @@
+"""bench=overhead: what Lightning, the data module and the run log cost over a bare loop.
+
+Both train the same model on the same batches to the same weights; only what is around the maths
+differs.
+"""
+
+import math
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import lightning.pytorch as L
+import torch
+from hydra import compose
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from experiments.bench_measure import Report, bar, check_counts, interleaved, paired_ratio
+from experiments.data.prepare import prepare
+from experiments.data.token_data import TokenData, TokenDataModule
+from experiments.fit import build, quiet_lightning
+from experiments.lit_lm import LitLM, cross_entropy, max_logit_penalty
+from experiments.run_dir import RunDir
+from models.language_model import LanguageModel
+
+UNTIMED = 2  # first steps of each loop, in which memory is allocated
+
+
+def overhead(train: list[str], n_steps: int, repeats: int) -> Report:
+    """Seconds a step of ``n_steps`` under Lightning and in a bare loop; ``train`` overrides
+    conf/train.yaml. Validation and checkpoints are not part of it."""
+    check_counts(repeats=repeats)
+    if n_steps <= UNTIMED:
+        raise ValueError(f"n_steps is {n_steps}: the first {UNTIMED} are not timed, give more")
+    with tempfile.TemporaryDirectory() as folder:
+        loops = Loops(train, n_steps, folder)
+        seconds = interleaved({"bare": loops.bare, "lightning": loops.lightning}, repeats, warmup=1)
+        cfg = loops.run.config
+    tokens = cfg.batch_size * cfg.ctx_len
+    rows = []
+    for name in ("bare", "lightning"):
+        step_s = statistics.median(seconds[name]) / (n_steps - UNTIMED)
+        rows.append({"loop": name, "step_s": step_s, "tokens_per_s": tokens / step_s})
+    cost = paired_ratio(seconds["lightning"], seconds["bare"]) - 1
+    wanted = bar("share of a bare step that Lightning, data and log add", cost, 0.05, at_most=True)
+    title = f"{cfg.model.name}, batch {cfg.batch_size} x {cfg.ctx_len}, {cfg.precision}"
+    notes = [
+        f"{repeats} rounds of {n_steps} steps, the first {UNTIMED} untimed, the loops in turn; the "
+        "share is the median over rounds. The bare loop finds its batches in memory.",
+    ]
+    return Report({title: rows, "Against what is wanted": [wanted]}, notes)
+
+
+class Loops:
+    """One training run, executed by Lightning or bare; each call starts from the same weights.
+
+    Hydra must stand on conf/, as it does in an entry point.
+    """
+
+    def __init__(self, train: list[str], n_steps: int, folder: str) -> None:
+        quiet_lightning()
+        fixed = ["suite=bench", f"paths.runs='{folder}'", "n_validations=1", "trainer=cpu"]
+        # no accumulation, and hardly any validation: neither is what is measured
+        fixed += ["micro_batch_size=${batch_size}", "+trainer.limit_val_batches=1"]
+        self.run = RunDir.freeze(compose("train", overrides=[*train, *fixed]), [])
+        self.data = TokenData.open(prepare(self.run.config.data))
+        self.n_steps = n_steps
+        self.model: LanguageModel  # of the last call, trained
+        self.batches = self.load_batches()
+
+    def parts(self) -> tuple[L.Trainer, LitLM, TokenDataModule]:
+        """What `fit` would train with, the model freshly initialised."""
+        torch.manual_seed(self.run.config.seed)
+        self.model = instantiate(self.run.config.model.net)
+        trainer, module, datamodule = build(self.run, self.model, self.data, self.n_steps)
+        module.peak_flops = math.inf  # utilisation is logged, and of no interest
+        return trainer, module, datamodule
+
+    def load_batches(self) -> list[tuple[Tensor, Tensor]]:
+        """The run's batches of ids and targets, (B, T) each."""
+        cfg = self.run.config
+        windows = self.parts()[2].train_windows
+        samples = [windows[n] for n in range(self.n_steps * cfg.batch_size)]
+        groups = (samples[i : i + cfg.batch_size] for i in range(0, len(samples), cfg.batch_size))
+        return [
+            (torch.stack([s[0] for s in group]), torch.stack([s[1] for s in group]))
+            for group in groups
+        ]
+
+    def lightning(self) -> float:
+        """Seconds of the timed steps under the trainer."""
+        trainer, module, datamodule = self.parts()
+        watch = Stopwatch(self.n_steps)
+        trainer.callbacks.append(watch)  # type: ignore[attr-defined]  # Lightning's mixin sets it
+        with signals_kept():
+            trainer.fit(module, datamodule=datamodule)
+        return watch.seconds
+
+    def bare(self) -> float:
+        """Seconds of the timed steps in a plain loop."""
+        module = self.parts()[1]
+        optimizer = module.make_optimizer(self.model)
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        step = self.bare_step(module, optimizer)
+        self.model.train()
+        start = 0.0
+        for number, (ids, targets) in enumerate(self.batches):
+            if number == UNTIMED:
+                start = time.perf_counter()
+            fraction = module.schedule(number, self.n_steps)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * fraction
+            step(ids, targets)
+        return time.perf_counter() - start
+
+    def bare_step(
+        self, module: LitLM, optimizer: torch.optim.Optimizer
+    ) -> Callable[[Tensor, Tensor], None]:
+        """The maths of one step, as the module does it."""
+        model, mixed = self.model, self.run.config.precision != "32-true"
+        limit = module.grad_clip or math.inf
+
+        def step(ids: Tensor, targets: Tensor) -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                x, _ = model.features(ids)
+                nats = cross_entropy(x, model.head, targets, module.loss)
+                if module.penalty:
+                    nats = nats + module.penalty * max_logit_penalty(x, model.head)
+            optimizer.zero_grad()
+            nats.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), limit)
+            optimizer.step()
+
+        return step
+
+
+class Stopwatch(Callback):
+    """Seconds from the start of the first timed step to the end of the last, all callbacks in."""
+
+    def __init__(self, n_steps: int) -> None:
+        self.n_steps = n_steps
+        self.start = 0.0
+        self.seconds = math.nan
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        if trainer.global_step == UNTIMED:
+            self.start = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        if trainer.global_step == self.n_steps:
+            self.seconds = time.perf_counter() - self.start
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """Give the process its signal handlers back, which a run takes over."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    kept = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, kept, strict=True):
+            signal.signal(number, handler)
