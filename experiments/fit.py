@@ -20,18 +20,17 @@ from omegaconf import DictConfig
 from experiments.callbacks import (
     AtomicCheckpointIO,
     LossNotFinite,
-    MetricsFile,
     RunLog,
     StopSignal,
     TokenBar,
     checkpoint_callbacks,
-    summarise,
 )
 from experiments.data.prepare import prepare
 from experiments.data.token_data import TokenData, TokenDataModule
 from experiments.entry import RunFailed, one_line, one_line_errors
 from experiments.lit_lm import LitLM
 from experiments.manifest import PRECISIONS, manifest
+from experiments.metrics import MetricsFile, summarise
 from experiments.optim import make_optimizer
 from experiments.run_dir import RunDir, make, plain, read_checkpoint, write_json, write_text
 from models.language_model import LanguageModel

@@ -15,9 +15,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments.callbacks import AtomicCheckpointIO, MetricsFile, RunLog, summarise
+from experiments.callbacks import AtomicCheckpointIO, RunLog
 from experiments.entry import CONF_DIR, RunFailed
 from experiments.fit import attempt, fit
+from experiments.metrics import MetricsFile, summarise
 from experiments.run_dir import RunDir, load_model, read_checkpoint
 from models.language_model import LanguageModel
 
