@@ -1,4 +1,4 @@
-"""``metrics.csv`` of a run, and its summary in ``result.json`` (CONTRIBUTING.md lists the columns)."""
+"""``metrics.csv`` of a run and its summary in ``result.json`` (columns: CONTRIBUTING.md)."""
 
 import csv
 import statistics
