@@ -12,12 +12,14 @@ from omegaconf import DictConfig
 from experiments.entry import entry
 from experiments.run_dir import check_targets, plain, write_json
 
+SHARED = ("n_threads", "out", "paths")  # keys of conf/benchmark.yaml; the rest are the function's
+
 
 @entry("benchmark")
 def main(cfg: DictConfig) -> None:
     settings = plain(cfg)
     check_targets(settings)
-    n_threads, out = settings.pop("n_threads"), settings.pop("out")
+    n_threads, out, _ = (settings.pop(key) for key in SHARED)
 
     from experiments.bench_measure import check_counts, machine
 

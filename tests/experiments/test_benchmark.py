@@ -20,6 +20,7 @@ from experiments.bench_measure import (
     paired_ratio,
     peak_memory,
 )
+from experiments.benchmark import SHARED
 from experiments.entry import CONF_DIR
 from experiments.run_dir import check_targets, plain
 
@@ -122,10 +123,8 @@ def test_every_bench_composes_and_fits_its_function(name: str) -> None:
         settings = plain(compose("benchmark", overrides=[f"bench={name}"]))
     check_targets(settings)
     function = get_method(settings.pop("_target_"))
-    assert {"n_threads", "out"} <= settings.keys()
-    inspect.signature(function).bind(
-        **{k: v for k, v in settings.items() if k not in ("n_threads", "out")}
-    )
+    assert settings.keys() >= set(SHARED)
+    inspect.signature(function).bind(**{k: v for k, v in settings.items() if k not in SHARED})
 
 
 def entry(*args: str) -> subprocess.CompletedProcess[str]:
