@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from models.gpt import GPT
 from models.language_model import LanguageModel, count_parameters
+from models.rwkv4 import RWKV4
 
 MEASURES: dict[str, Callable[[LanguageModel], int]] = {
     "total": lambda model: count_parameters(model)["total"],
@@ -52,3 +54,15 @@ def matched_sizes(
 
 def _name(architecture: Callable[..., LanguageModel]) -> str:
     return getattr(architecture, "__name__", repr(architecture))
+
+
+def matched_gpt(
+    vocab_size: int, ctx_len: int, n_layer: int, n_embd: int, n_head: int, by: str = "total"
+) -> GPT:
+    """The GPT that is the size of RWKV-4 with these sizes.
+
+    Raises ValueError when there is none.
+    """
+    with torch.device("meta"):
+        rwkv = RWKV4(vocab_size, n_layer, n_embd, ctx_len)
+    return GPT(**matched_sizes(GPT, rwkv, by, n_head=n_head))

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.gpt import GPT
 from models.language_model import LanguageModel, count_parameters
 from models.rwkv4 import RWKV4
-from models.sizing import MEASURES, matched_sizes
+from models.sizing import MEASURES, matched_gpt, matched_sizes
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 RWKV_TOTAL = {  # paper.md 1.7: counted on the official state dicts
@@ -144,3 +144,13 @@ def test_impossible_matches_say_so_in_one_line(by: str, sizes: dict, message: st
     with pytest.raises(ValueError, match=message) as caught:
         matched_sizes(GPT, target, by, **sizes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("by", ["total", "non_embedding", "flops"])
+def test_matched_gpt_is_the_size_of_the_rwkv(by: str) -> None:
+    with torch.device("meta"):
+        rwkv = RWKV4(256, n_layer=3, n_embd=64, ctx_len=128)
+    gpt = matched_gpt(256, 128, n_layer=3, n_embd=64, n_head=2, by=by)
+    assert MEASURES[by](gpt) == pytest.approx(MEASURES[by](rwkv), rel=0.005)
+    with pytest.raises(ValueError, match="n_head must divide"):
+        matched_gpt(256, 128, n_layer=3, n_embd=64, n_head=5)
