@@ -21,6 +21,7 @@ using wkv::StepGradients;
 
 constexpr int64_t WIDTH = 64;  // channels in a tile
 constexpr int64_t CHUNK = 16;  // steps whose states the backward pass holds at once
+constexpr int64_t AHEAD = 4;   // steps that memory is asked for in advance
 
 template <typename To, typename From>
 WKV_FN To bits_as(From from) {
@@ -74,6 +75,13 @@ WKV_FN void store(Half& to, float x) {
   const uint32_t nan = magnitude > 0x7f800000u ? 0x200u : 0u;
   const uint32_t sign = bits_as<uint32_t>(x) >> 16 & 0x8000u;
   to.bits = uint16_t((capped < TWO_TO_MINUS_14 ? subnormal : normal) | nan | sign);
+}
+
+// A tile's rows lie C apart, often a page each, which no hardware prefetcher follows.
+template <int WRITE, typename IO>
+WKV_FN void prefetch(const IO* row, int64_t n) {
+  constexpr int64_t LINE = 64 / int64_t(sizeof(IO));
+  for (int64_t c = 0; c < n; c += LINE) __builtin_prefetch(row + c, WRITE);
 }
 
 // State and adjoint of a tile, channels side by side.
@@ -132,6 +140,9 @@ void forward_rows(int64_t T, int64_t C, int64_t n, const S* __restrict w, const 
                   const IO* __restrict k, const IO* __restrict v, IO* __restrict y,
                   TileState<S>& __restrict s) {
   for (int64_t t = 0; t < T; ++t, k += C, v += C, y += C) {
+    prefetch<0>(k + AHEAD * C, n);
+    prefetch<0>(v + AHEAD * C, n);
+    prefetch<1>(y + AHEAD * C, n);
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) {
       State<S> x{s.num[c], s.den[c], s.top[c], s.age[c]};
@@ -180,6 +191,8 @@ template <typename IO, typename S>
 void replay(int64_t n_steps, int64_t C, int64_t n, const S* __restrict w, const IO* __restrict k,
             const IO* __restrict v, TileState<S>& __restrict s, TileState<S>* __restrict before) {
   for (int64_t t = 0; t < n_steps; ++t, k += C, v += C) {
+    prefetch<0>(k + AHEAD * C, n);
+    prefetch<0>(v + AHEAD * C, n);
     if (before) before[t] = s;
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) {
@@ -202,12 +215,15 @@ void backward_rows(int64_t n_steps, int64_t C, int64_t n, const S* __restrict w,
   for (int64_t t = n_steps - 1; t >= 0; --t) {
     const TileState<S>& s = before[t];
     const int64_t at = t * C;
+    prefetch<0>(gy + at - AHEAD * C, n);
+    prefetch<1>(gk + at - AHEAD * C, n);
+    prefetch<1>(gv + at - AHEAD * C, n);
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) {
       Adjoint<S> x{g.num[c], g.den[c], g.p[c]};
-      const State<S> y{s.num[c], s.den[c], s.top[c], s.age[c]};
+      const State<S> state{s.num[c], s.den[c], s.top[c], s.age[c]};
       const StepGradients<S> step = wkv::backward_step<S>(
-          y, x, w[c], u[c], load(k[at + c]), load(v[at + c]), load(gy[at + c]));
+          state, x, w[c], u[c], load(k[at + c]), load(v[at + c]), load(gy[at + c]));
       store(gk[at + c], step.k);
       store(gv[at + c], step.v);
       gw[c] += step.w;
