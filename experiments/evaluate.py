@@ -199,7 +199,8 @@ class Evaluation:
         loaded = None
         if members is None:
             loaded = self.tasks.load(name, data)
-            members = list(loaded["tasks"])
+            averaged = [k for k, group in loaded["groups"].items() if group.has_aggregation]
+            members = [*loaded["tasks"], *averaged]
         old = {member: read_scored(result_file(run, member), protocol) for member in members}
         if not self.cfg.force and all(old.values()):
             print(f"{run.path}: {name} is scored already", flush=True)

@@ -183,6 +183,10 @@ def local_tasks(tmp_path: Path) -> Path:
         rows_file = "nowhere.jsonl" if name == "local_broken" else "rows.jsonl"
         head = TASK_YAML.format(name=name, rows=folder / rows_file, cache=tmp_path / "cache")
         (folder / f"{name}.yaml").write_text(head + body)
+    (folder / "group.yaml").write_text(
+        "group: local_group\ntask: [local_choice, local_last]\nmetadata: {version: 2.0}\n"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
     return folder
 
 
@@ -210,6 +214,35 @@ def test_tasks_from_local_files(run: RunDir, local_tasks: Path, monkeypatch) -> 
         *options,
     )
     assert short["local_text"]["config"]["local_text"]["generation_kwargs"]["max_gen_toks"] == 2
+
+
+def test_a_group_has_a_file_of_its_own_beside_its_tasks(
+    run: RunDir, local_tasks: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    options = ("tasks=base", "tasks.tasks=[local_group]", f"tasks.include_path={local_tasks}")
+    contents = scored(run, *options, "tasks.bootstrap_iters=10")
+    assert set(contents) == {"local_group", "local_choice", "local_last"}
+    mean = contents["local_group"]["results"]["local_group"]["acc,none"]
+    parts = [contents[name]["results"][name]["acc,none"] for name in contents if name[6] != "g"]
+    assert mean == pytest.approx(sum(parts) / 2)
+    before = stamps(run)
+    assert set(scored(run, *options, "tasks.bootstrap_iters=10")) == set(contents)
+    assert stamps(run) == before
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONF_DIR / "tasks").glob("*.yaml")))
+def test_every_set_of_tasks_composes(name: str) -> None:
+    asked = [] if name != "base" else ["tasks.tasks=[cloze]"]
+    tasks = OmegaConf.to_container(config(f"tasks={name}", *asked).tasks, throw_on_missing=True)
+    assert set(tasks) == {
+        "tasks",
+        "num_fewshot",
+        "limit",
+        "gen_kwargs",
+        "include_path",
+        "bootstrap_iters",
+    }
 
 
 def test_a_task_that_cannot_be_loaded_stops_no_other(
