@@ -127,7 +127,8 @@ def build(
         token_bytes=None if token_bytes is None else torch.as_tensor(token_bytes.astype("int64")),
     )
     if cfg.compile:
-        module.model.compile()  # in place: checkpoint keys stay
+        for block in module.model.blocks:
+            block.compile()  # in place: checkpoint keys stay; by block: one layer's compile time
     datamodule = TokenDataModule(
         data,
         ctx_len=cfg.ctx_len,

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,6 +213,34 @@ def test_bf16_and_chunked_and_checkpointing_train_alike(
         fit(other)
         assert other.result is not None
         assert other.result["val/loss"] == pytest.approx(plain.result["val/loss"], rel=0.03)
+
+
+def test_other_loggers_get_the_same_rows(freeze: Callable[..., RunDir]) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = freeze("logger=tensorboard")
+    fit(run)
+    events = accumulator.EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    for name in ("train/loss", "val/loss", "perf/tokens_per_s"):
+        logged = [(e.step, pytest.approx(e.value, rel=1e-5)) for e in events.Scalars(name)]
+        assert logged == MetricsFile(run.path / "metrics.csv").column(name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+@pytest.mark.parametrize("model", FAMILIES)
+def test_compiled_in_place_trains_alike(freeze: Callable[..., RunDir], model: str) -> None:
+    plain = freeze(f"model={model}", "model.net.n_layer=1", runs="plain")
+    compiled = freeze(f"model={model}", "model.net.n_layer=1", "compile=true", runs="compiled")
+    fit(plain)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    fit(compiled)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0  # it was not passed over
+    assert weights(plain).keys() == weights(compiled).keys()
+    assert plain.result is not None
+    assert compiled.result is not None
+    assert compiled.result["val/loss"] == pytest.approx(plain.result["val/loss"], rel=1e-3)
 
 
 def test_a_loss_that_turns_nan_stops_and_keeps_the_last_good_checkpoint(
