@@ -6,16 +6,16 @@ import glob
 import hashlib
 from pathlib import Path
 
-SAMPLED_FROM = 4 << 20  # bytes; larger files are identified by samples
+WHOLE_UP_TO = 256 << 20  # bytes; larger files are known by samples
 
 
 def find_files(paths: str | list[str]) -> list[Path]:
-    """Files named by paths, folders (all below but hidden names) and globs, sorted by name.
+    """Files named by paths, folders (all below but hidden names) and globs, each once, sorted.
 
-    Raises FileNotFoundError for a path that names nothing and ValueError for a file without
-    content.
+    Empty files are passed over. Raises FileNotFoundError for a path that names nothing and
+    ValueError for one that names nothing but empty files.
     """
-    files: list[Path] = []
+    files: dict[Path, Path] = {}  # by the place they really lie at
     for pattern in [paths] if isinstance(paths, str) else paths:
         path = Path(pattern).expanduser()
         matches = (
@@ -24,11 +24,24 @@ def find_files(paths: str | list[str]) -> list[Path]:
         found = [file for match in matches for file in _below(match)]
         if not found:
             raise FileNotFoundError(f"no data file at {path}")
-        files += found
-    for file in files:
-        if file.stat().st_size == 0:
-            raise ValueError(f"data file {file} is empty")
-    return files
+        filled = [file for file in found if file.stat().st_size]
+        if not filled:
+            raise ValueError(f"{path} is empty: give files with content")
+        for file in filled:
+            files.setdefault(file.resolve(), file)
+    return list(files.values())
+
+
+def find_both(
+    paths: str | list[str], val_paths: str | list[str] | None
+) -> tuple[list[Path], list[Path]]:
+    """Training files and held-out files (none without val_paths); ValueError for one in both."""
+    train, val = find_files(paths), find_files(val_paths or [])
+    places = {file.resolve() for file in train}
+    for file in val:
+        if file.resolve() in places:
+            raise ValueError(f"{file} is both training and held-out text: name it on one side only")
+    return train, val
 
 
 def _below(path: Path) -> list[Path]:
@@ -39,10 +52,15 @@ def _below(path: Path) -> list[Path]:
 
 
 def content_id(path: Path) -> str:
-    """Identifies a file wherever it lies: SHA-256, or above 4 MiB size, time and samples."""
+    """Identifies a file wherever it lies: SHA-256; above 256 MiB size, time of change and samples.
+
+    The time is there because samples alone would miss an edit that keeps the size; so a copy of
+    such a file counts as another one unless its time was kept.
+    """
     stat = path.stat()
-    if stat.st_size <= SAMPLED_FROM:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+    if stat.st_size <= WHOLE_UP_TO:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     return f"{stat.st_size}-{stat.st_mtime_ns}-{sampled_sha256(path, 0, stat.st_size)}"
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from experiments.data.files import content_id, find_files
+from experiments.data.files import content_id, find_both, find_files
 from experiments.data.sources import PIECE_CHARS, Piece, cut, cut_stream
 
 
@@ -54,12 +55,14 @@ class Jsonl(_Records):
         val_fraction: float = 0.01,
     ) -> None:
         super().__init__(bool(val_paths), val_fraction)
-        self.files = {"train": find_files(paths), "val": find_files(val_paths or paths)}
+        train, val = find_both(paths, val_paths)
+        self.files = {"train": train, "val": val or train}
         self.field = field
 
     def identity(self) -> dict[str, Any]:
         files = {split: [content_id(p) for p in paths] for split, paths in self.files.items()}
-        return {"kind": "jsonl", **files, "field": self.field, "val_fraction": self.val_fraction}
+        settings = {"field": self.field, "val_fraction": self.val_fraction}
+        return {"kind": "jsonl", **files, "val_given": self.val_given, **settings}
 
     def size_hint(self) -> int | None:
         files = self.files["train"]
@@ -108,6 +111,11 @@ class HuggingFace(_Records):
         super().__init__(bool(val_split), val_fraction)
         if one_document and not val_split:
             raise ValueError("one_document rows cannot be held out one by one: name a val_split")
+        if val_split == split:
+            raise ValueError(
+                f"split {split!r} of {path} is both training and held-out text: name another"
+                " val_split, or none"
+            )
         self.path, self.name, self.revision = path, name, revision
         self.splits = {"train": split, "val": val_split or split}
         self.column, self.one_document = column, one_document
@@ -137,16 +145,14 @@ class HuggingFace(_Records):
 
         path = str(Path(self.path).expanduser()) if self.path.startswith("~") else self.path
         try:
-            return iter(
-                datasets.load_dataset(
-                    path, self.name, split=split, revision=self.revision, streaming=True
-                )
+            yield from datasets.load_dataset(
+                path, self.name, split=split, revision=self.revision, streaming=True
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # what networks and file formats raise has no common base
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(
-                f"cannot load dataset {self.path!r}, split {split!r}: {reason}"
-            ) from None
+                f"cannot read dataset {self.path!r}, split {split!r}: {reason}"
+            ) from error
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -156,7 +162,7 @@ def _open(path: Path) -> IO[bytes]:
 def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
     try:
         yield from file
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 

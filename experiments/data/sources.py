@@ -18,10 +18,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from experiments.data.files import content_id, find_files
+from experiments.data.files import content_id, find_both
 
 PIECE_CHARS = 1 << 16  # small, so that one long document can keep many cores busy
 Piece = tuple[str, bool]
+Span = tuple[Path, int, int]  # bytes [start, end) of a file
 
 
 class TextSource(Protocol):
@@ -78,7 +79,8 @@ class TextFiles:
 
     Held out, by what is given: `val_paths`; the second of `split_bytes` = [train, val] when the
     paths are one file (a cut inside a character moves to its start); else of several files the
-    share `val_fraction` by a hash of their names, and of one file its last part.
+    share `val_fraction` by a hash of their content (copies stay together), and of one file its last
+    part.
     """
 
     def __init__(
@@ -88,10 +90,9 @@ class TextFiles:
         split_bytes: list[int] | None = None,
         val_fraction: float = 0.02,
     ) -> None:
-        self.spans = {
-            "train": _whole(find_files(paths)),
-            "val": _whole(find_files(val_paths or [])),
-        }
+        train, val = find_both(paths, val_paths)
+        self.ids = {path: content_id(path) for path in (*train, *val)}
+        self.spans = {"train": _whole(train), "val": _whole(val)}
         if split_bytes and (val_paths or len(self.spans["train"]) != 1):
             raise ValueError("split_bytes cuts a single file: give one path and no val_paths")
         if val_paths:
@@ -104,12 +105,17 @@ class TextFiles:
             self._split_by_byte(split_bytes, val_fraction)
 
     def _split_by_file(self, val_fraction: float) -> None:
-        spans = sorted(self.spans["train"], key=lambda span: _rank(span[0].name))
-        n_val = max(1, round(val_fraction * len(spans)))
-        self.spans = {"train": sorted(spans[n_val:]), "val": sorted(spans[:n_val])}
+        ranked = sorted(set(self.ids.values()), key=_rank)
+        held_out = set(ranked[: max(1, round(val_fraction * len(ranked)))])
+        sides: dict[str, list[Span]] = {"train": [], "val": []}
+        for span in self.spans["train"]:
+            sides["val" if self.ids[span[0]] in held_out else "train"].append(span)
+        self.spans = sides
 
     def _split_by_byte(self, split_bytes: list[int] | None, val_fraction: float) -> None:
         path, _, size = self.spans["train"][0]
+        if split_bytes and not (len(split_bytes) == 2 and all(map(_is_count, split_bytes))):
+            raise ValueError(f"split_bytes={split_bytes} must be two positive numbers of bytes")
         n_train, n_val = split_bytes or (
             size - round(val_fraction * size),
             round(val_fraction * size),
@@ -121,7 +127,7 @@ class TextFiles:
 
     def identity(self) -> dict[str, Any]:
         spans = {
-            split: [[content_id(path), start, end] for path, start, end in spans]
+            split: [[self.ids[path], start, end] for path, start, end in spans]
             for split, spans in self.spans.items()
         }
         return {"kind": "text", **spans}
@@ -152,8 +158,12 @@ def cut_stream(chunks: Iterable[str]) -> Iterator[Piece]:
         yield waiting, True
 
 
-def _whole(files: list[Path]) -> list[tuple[Path, int, int]]:
+def _whole(files: list[Path]) -> list[Span]:
     return [(path, 0, path.stat().st_size) for path in files]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value > 0
 
 
 def _is_small(path: Path) -> bool:

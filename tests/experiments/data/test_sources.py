@@ -1,12 +1,15 @@
 import gzip
 import json
+import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from experiments.data import files
 from experiments.data.files import content_id, find_files, sampled_sha256
 from experiments.data.records import HuggingFace, Jsonl
 from experiments.data.sources import PIECE_CHARS, Piece, Stdlib, TextFiles, cut, cut_stream
@@ -73,6 +76,64 @@ def test_named_held_out_files_leave_training_whole(tmp_path: Path) -> None:
     assert len(documents(source.pieces("train"))) == len(documents(source.pieces("val"))) == 2
 
 
+def test_folder_is_split_by_content_not_by_name(tmp_path: Path) -> None:
+    for i in range(40):
+        package = tmp_path / "code" / f"package{i:02d}"
+        package.mkdir(parents=True)
+        for name in ("init.py", "main.py"):
+            (package / name).write_text(f"{name} of {i}\n")
+        (package / "licence.txt").write_text("the same in every package\n")
+    (tmp_path / "code" / "package00" / "empty.py").touch()
+    source = TextFiles(str(tmp_path / "code"), val_fraction=0.2)
+    train, val = documents(source.pieces("train")), documents(source.pieces("val"))
+    assert len(train) + len(val) == 120
+    assert not set(train) & set(val)
+    assert {text.split()[0] for text in val} >= {"init.py", "main.py"}
+    (tmp_path / "code").rename(tmp_path / "renamed")
+    assert documents(TextFiles(str(tmp_path / "renamed"), val_fraction=0.2).pieces("val")) == val
+
+
+def test_text_is_never_on_both_sides(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        jsonl(tmp_path / f"{name}.jsonl", [name])
+    (tmp_path / "link").symlink_to(tmp_path / "val.jsonl")
+    both, val, link = str(tmp_path / "*.jsonl"), str(tmp_path / "val.jsonl"), str(tmp_path / "link")
+    cases: list[Callable[[], Any]] = [
+        lambda: TextFiles(both, val_paths=val),
+        lambda: TextFiles(str(tmp_path), val_paths=[val]),
+        lambda: Jsonl(val, val_paths=val),
+        lambda: Jsonl(link, val_paths=[val]),
+        lambda: HuggingFace(both, split="validation", val_split="validation"),
+    ]
+    for make in cases:
+        with pytest.raises(ValueError, match="is both training and held-out text") as caught:
+            make()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_named_twice_is_read_once(tmp_path: Path) -> None:
+    for name in "abc":
+        jsonl(tmp_path / f"{name}.jsonl", [name])
+    (tmp_path / "other").symlink_to(tmp_path, target_is_directory=True)
+    paths = [str(tmp_path / "a.jsonl"), str(tmp_path / "*.jsonl"), str(tmp_path / "other" / "*.*")]
+    source = Jsonl(paths, val_fraction=0.5)
+    texts = documents(source.pieces("train")) + documents(source.pieces("val"))
+    assert sorted(texts) == ["a", "b", "c"]
+
+
+def test_empty_files_are_passed_over_unless_named(tmp_path: Path) -> None:
+    write_files(tmp_path / "docs", 4)
+    empty = tmp_path / "docs" / "part0" / "empty.txt"
+    empty.touch()
+    assert len(find_files(str(tmp_path / "docs"))) == 4
+    assert len(find_files(str(tmp_path / "docs" / "part0" / "*"))) == 2
+    (tmp_path / "void").mkdir()
+    (tmp_path / "void" / "a").touch()
+    for path in (empty, tmp_path / "void", tmp_path / "void" / "*"):
+        with pytest.raises(ValueError, match="is empty: give files with content"):
+            find_files([str(tmp_path / "docs"), str(path)])
+
+
 def test_single_file_holds_out_its_end_at_a_character(tmp_path: Path) -> None:
     path = tmp_path / "one.txt"
     text = "日本語のテキスト\n" * 400
@@ -95,7 +156,10 @@ def test_explicit_byte_splits_leave_the_rest_unread(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="fewer than split_bytes=1990,100"):
         TextFiles(str(path), split_bytes=[1990, 100])
     with pytest.raises(ValueError, match="cuts a single file"):
-        TextFiles(str(path), val_paths=str(path), split_bytes=[10, 10])
+        TextFiles(str(path), val_paths=__file__, split_bytes=[10, 10])
+    for wrong in ([-5, 10], [10, -5], [0, 10], [10], ["a", 10], [1.5, 10]):
+        with pytest.raises(ValueError, match="must be two positive numbers of bytes"):
+            TextFiles(str(path), split_bytes=wrong)
 
 
 def test_long_documents_come_in_pieces_that_end_at_newlines(tmp_path: Path) -> None:
@@ -160,6 +224,13 @@ def test_jsonl_with_named_held_out_file_and_blank_lines(tmp_path: Path) -> None:
     assert documents(source.pieces("val")) == ["c"]
 
 
+def test_jsonl_identity_tells_whether_text_is_held_out_by_name(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        jsonl(tmp_path / f"{name}.jsonl", ["the same"])
+    a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+    assert Jsonl(a).identity() != Jsonl(a, val_paths=b).identity()
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -173,16 +244,23 @@ def test_jsonl_errors_name_file_and_line(tmp_path: Path, line: str, message: str
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "good"}\n' + line + "\n")
     with pytest.raises(ValueError, match=rf"bad\.jsonl:2: {message}") as caught:
-        list(Jsonl(str(path), val_paths=str(path)).pieces("train"))
+        list(Jsonl(str(path)).pieces("train"))
     assert "\n" not in str(caught.value)
 
 
-def test_damaged_gzip_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["end", "magic", "middle", "checksum"])
+def test_damaged_gzip_is_named(tmp_path: Path, place: str) -> None:
     path = tmp_path / "rows.jsonl.gz"
-    jsonl(path, ["a" * 500, "b" * 500])
-    path.write_bytes(path.read_bytes()[:-12])
+    jsonl(path, [f"{i}" * 50 for i in range(500)])
+    data = bytearray(path.read_bytes())
+    if place == "end":
+        del data[-12:]
+    else:
+        at = {"magic": 0, "middle": 12, "checksum": -6}[place]
+        data[at : at + 4] = b"\xff" * 4
+    path.write_bytes(data)
     with pytest.raises(ValueError, match=r"rows\.jsonl\.gz is damaged"):
-        list(Jsonl(str(path), val_paths=str(path)).pieces("train"))
+        list(Jsonl(str(path)).pieces("train"))
 
 
 @pytest.fixture
@@ -209,7 +287,7 @@ def test_hugging_face_folder_of_json(tmp_path: Path) -> None:
     assert source.identity() != by_hash.identity()
     with pytest.raises(ValueError, match="no text in column 'body'"):
         list(HuggingFace(str(folder), column="body").pieces("train"))
-    with pytest.raises(ValueError, match="cannot load dataset"):
+    with pytest.raises(ValueError, match="cannot read dataset"):
         list(HuggingFace(str(folder), split="nosuch").pieces("train"))
 
 
@@ -234,12 +312,40 @@ def test_hugging_face_rows_of_one_document(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("offline")
 def test_dataset_that_cannot_be_had_is_one_line() -> None:
-    with pytest.raises(ValueError, match="cannot load dataset 'no-such/set'") as caught:
+    with pytest.raises(ValueError, match="cannot read dataset 'no-such/set'") as caught:
         list(HuggingFace("no-such/set").pieces("train"))
     assert "\n" not in str(caught.value)
 
 
-def test_files_are_known_by_content(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("offline")
+def test_dataset_that_breaks_off_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": [f"{i} some text" * 40 for i in range(2000)]})
+    path = tmp_path / "set" / "train.parquet"
+    path.parent.mkdir()
+    pyarrow.parquet.write_table(table, path, compression="none", use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    data[:1000] = bytes(1000)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"cannot read dataset '.*set', split 'train': .") as caught:
+        list(HuggingFace(str(path.parent)).pieces("train"))
+    assert "\n" not in str(caught.value)
+
+    def lost(*_: Any, **__: Any) -> Iterator[dict[str, str]]:
+        yield {"text": "first"}
+        raise ConnectionError
+
+    monkeypatch.setattr(datasets, "load_dataset", lost)
+    with pytest.raises(ValueError, match=r"split 'train': ConnectionError$"):
+        list(HuggingFace("some/set").pieces("train"))
+
+
+def test_files_are_known_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small, big = tmp_path / "small", tmp_path / "big"
     small.write_bytes(b"abc")
     before = content_id(small)
@@ -247,6 +353,10 @@ def test_files_are_known_by_content(tmp_path: Path) -> None:
     assert content_id(small) != before
     data = bytearray(5 << 20)
     big.write_bytes(data)
+    before = content_id(big)
+    os.utime(big, (0, 0))
+    assert content_id(big) == before
+    monkeypatch.setattr(files, "WHOLE_UP_TO", 4 << 20)
     before = content_id(big)
     assert before.startswith(str(5 << 20))
     data[-1] = 1
