@@ -1,5 +1,6 @@
 """Measuring fairly (candidates in turn, medians, memory in a process of its own) and showing it."""
 
+import ctypes
 import json
 import statistics
 import sys
@@ -15,6 +16,8 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.entry import RunFailed
+
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 Row = dict[str, Any]
 
@@ -57,8 +60,9 @@ def peak_memory(
     """Peak resident bytes of ``build(**full)`` and ``n_calls`` calls of what it returns.
 
     Measured in a fresh process, above what that process holds after a call at the ``toy`` size:
-    libraries are not counted; weights, gradients, optimizer state and scratch memory are. None if
-    the peak stayed below the start-up's own.
+    libraries are not counted; weights, gradients, optimizer state and scratch memory are. Freed
+    blocks return to the system at once, so that the figure repeats and leaves out what glibc's
+    heap happens to hold back. None if the peak stayed below the start-up's own.
 
     Raises:
         RunFailed: if that process was killed, as one that runs out of memory is.
@@ -79,6 +83,9 @@ def _grown(
     import psutil
     import torch
 
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
     torch.set_num_threads(n_threads)
     build(**toy)()
     before, start_up = psutil.Process().memory_info().rss, peak_resident_bytes()
