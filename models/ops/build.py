@@ -36,8 +36,12 @@ def load_library(source: str) -> ctypes.CDLL:
     name = f"{path.stem}-{key}.so"
     try:
         target = _cache_folder() / name
-        if not target.exists():
-            _compile(command, path, target)
+        if target.exists():
+            try:
+                return ctypes.CDLL(str(target))
+            except OSError:  # damaged, say by a full disk: made anew for all who come
+                target.unlink()
+        _compile(command, path, target)
         return ctypes.CDLL(str(target))
     except OSError:  # a home that is read-only, forbids execution, or has another C library's files
         with tempfile.TemporaryDirectory() as folder:
