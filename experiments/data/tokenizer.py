@@ -37,7 +37,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; end-of-text and padding give nothing, broken UTF-8 gives U+FFFD."""
+        """Text of the ids; broken UTF-8 gives U+FFFD.
+
+        End-of-text and ids that stand for no text give nothing: a model whose vocabulary is padded
+        may generate them.
+        """
 
     @abstractmethod
     def pieces(self) -> list[bytes] | None:
@@ -107,7 +111,7 @@ class BytesTokenizer(Tokenizer):
         return [np.frombuffer(data, dtype=np.uint8) for data in raw]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return bytes(i for i in ids if i != self.eot_id).decode(errors="replace")
+        return bytes(i for i in ids if 0 < i < 256).decode(errors="replace")
 
     def decode_bytes(self, ids: np.ndarray) -> bytes:
         return ids.astype(np.uint8).tobytes().replace(b"\0", b"")
@@ -250,7 +254,9 @@ def train_bpe(texts: Iterator[str], vocab_size: int, max_chars: int) -> JsonToke
 
 def _head(texts: Iterator[str], limit: int) -> Iterator[str]:
     n_read = 0
-    with tqdm(desc="reading for BPE", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with tqdm(
+        desc="reading for BPE", unit=" chars", unit_scale=True, disable=None, leave=False
+    ) as bar:
         for text in texts:
             yield _without_surrogates(text[: limit - n_read])
             n_read += len(text)

@@ -78,6 +78,17 @@ def test_bytes_decode_leaves_out_separators_and_replaces_broken_utf8() -> None:
     assert sizes.tolist() == [0] + [1] * 255
 
 
+def test_generated_ids_without_text_give_nothing() -> None:
+    trained = train_bpe(iter(corpus()), 300, 10**6)
+    fields = json.loads(trained.to_json())
+    padded = JsonTokenizer(fields["tokenizer"], fields["eot"], 320)
+    for tokenizer in (BytesTokenizer(), padded):
+        ids = tokenizer.encode("text")
+        beyond = [tokenizer.vocab_size, tokenizer.vocab_size - 1 + 10**6]
+        padding = [] if tokenizer.kind == "bytes" else [300, 319]
+        assert tokenizer.decode([*ids[:1], *beyond, *padding, *ids[1:]]) == "text"
+
+
 @given(st.text())
 def test_byte_level_ids_count_the_bytes_of_any_text(
     with_added_tokens: JsonTokenizer, text: str
