@@ -49,6 +49,12 @@ class TokenSpan:
         }
 
 
+@dataclass(frozen=True)
+class _IndexedSpan(TokenSpan):
+    index: Path
+    n_sequences: int
+
+
 class TokenSource(Protocol):
     """What `prepare` asks of a source of ids."""
 
@@ -62,11 +68,15 @@ class Megatron:
     def __init__(self, prefix: str, val_prefix: str | None = None) -> None:
         self.train = _read_index(prefix)
         self.val = _read_index(val_prefix) if val_prefix else None
+        _check_apart(self.train, self.val)
 
     def identity(self) -> dict[str, Any]:
         return _identity("megatron", self.train, self.val)
 
     def spans(self, val_tokens: int | None) -> dict[str, TokenSpan]:
+        for span in (self.train, self.val):
+            if span is not None:  # not sooner: the index of the Pile has gigabytes
+                _check_contiguous(span)
         return _spans(self.train, self.val, val_tokens)
 
 
@@ -76,6 +86,7 @@ class NanoGpt:
     def __init__(self, path: str, val_path: str | None = None) -> None:
         self.train = _flat(_existing(Path(path).expanduser()), "uint16")
         self.val = _flat(_existing(Path(val_path).expanduser()), "uint16") if val_path else None
+        _check_apart(self.train, self.val)
 
     def identity(self) -> dict[str, Any]:
         return _identity("nanogpt", self.train, self.val)
@@ -104,6 +115,14 @@ def _identity(kind: str, train: TokenSpan, val: TokenSpan | None) -> dict[str, A
     # the place counts here: the prepared folder refers to it
     files = [[str(s.path), s.dtype, content_id(s.path)] for s in (train, val) if s is not None]
     return {"kind": kind, "files": files}
+
+
+def _check_apart(train: TokenSpan, val: TokenSpan | None) -> None:
+    if val is not None and val.path == train.path:
+        raise ValueError(
+            f"{val.path} is both training and held-out text: name another file, or none to hold out"
+            " its end"
+        )
 
 
 def _spans(train: TokenSpan, val: TokenSpan | None, val_tokens: int | None) -> dict[str, TokenSpan]:
@@ -136,7 +155,7 @@ def _flat(path: Path, dtype: str) -> TokenSpan:
     return TokenSpan(path, dtype, 0, size // width)
 
 
-def _read_index(prefix: str) -> TokenSpan:
+def _read_index(prefix: str) -> _IndexedSpan:
     base = str(Path(prefix).expanduser())
     index, data = _existing(Path(base + ".idx")), _existing(Path(base + ".bin"))
     with index.open("rb") as file:
@@ -151,12 +170,12 @@ def _read_index(prefix: str) -> TokenSpan:
             f"{index} is truncated or damaged: its size does not fit {n_sequences} sequences"
         )
     span = _flat(data, DTYPES[code])
-    _check_contiguous(index, n_sequences, span)
-    return span
+    return _IndexedSpan(data, span.dtype, 0, span.n_tokens, index, n_sequences)
 
 
-def _check_contiguous(index: Path, n_sequences: int, span: TokenSpan) -> None:
+def _check_contiguous(span: _IndexedSpan) -> None:
     """The flat stream is only right when the sequences lie back to back and fill the file."""
+    index, n_sequences = span.index, span.n_sequences
     sizes = np.memmap(index, "<i4", mode="r", offset=HEADER.size, shape=(n_sequences,))
     pointers = np.memmap(
         index, "<i8", mode="r", offset=HEADER.size + 4 * n_sequences, shape=(n_sequences,)

@@ -42,14 +42,14 @@ def test_megatron_file_is_used_where_it_lies(tmp_path: Path, dtype: str) -> None
     assert data.meta["dtype"] == dtype
     assert (data.meta["n_val_bytes"], data.meta["xz_bpb"]) == (None, None)
     assert sorted(p.name for p in folder.iterdir()) == ["meta.json", "tokenizer.json"]
-    data.verify()
 
 
 def test_many_sequences_are_checked_in_blocks(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 4, (1 << 20) + 1000).tolist()  # more than one block of the index
     write_megatron(tmp_path / "doc", sizes, "uint8")
-    assert Megatron(str(tmp_path / "doc")).train.n_tokens == sum(sizes)
+    source = Megatron(str(tmp_path / "doc"))
+    assert source.spans(100)["train"].n_tokens == sum(sizes) - 100
 
 
 def test_held_out_file_of_its_own(tmp_path: Path) -> None:
@@ -63,6 +63,28 @@ def test_held_out_file_of_its_own(tmp_path: Path) -> None:
     write_megatron(val, [300], "int32")
     with pytest.raises(ValueError, match="int32 tokens"):
         Megatron(str(train), str(val)).spans(200)
+
+
+def test_tokens_are_never_on_both_sides(tmp_path: Path) -> None:
+    write_megatron(tmp_path / "doc", [1000])
+    (tmp_path / "link.bin").symlink_to(tmp_path / "doc.bin")
+    with pytest.raises(ValueError, match="is both training and held-out text"):
+        Megatron(str(tmp_path / "doc"), val_prefix=str(tmp_path / "doc"))
+    with pytest.raises(ValueError, match="is both training and held-out text"):
+        NanoGpt(str(tmp_path / "doc.bin"), val_path=str(tmp_path / "link.bin"))
+
+
+def test_only_the_first_start_reads_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_megatron(tmp_path / "doc", [1000])
+    folder = prepare(megatron(tmp_path / "doc"), root=tmp_path / "data")
+
+    def read_again(_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(token_files, "_check_contiguous", read_again)
+    assert prepare(megatron(tmp_path / "doc"), root=tmp_path / "data") == folder
 
 
 def test_nanogpt_files(tmp_path: Path) -> None:
@@ -113,12 +135,12 @@ def test_tokenizer_at_hand_gives_text_and_bytes(tmp_path: Path) -> None:
 def test_changed_or_moved_file_is_noticed(tmp_path: Path) -> None:
     write_megatron(tmp_path / "doc", [1000])
     folder = prepare(megatron(tmp_path / "doc"), root=tmp_path / "data")
-    data = TokenData.open(folder)
+    TokenData.open(folder)
     content = bytearray((tmp_path / "doc.bin").read_bytes())
     content[77] ^= 1
     (tmp_path / "doc.bin").write_bytes(content)
-    with pytest.raises(ValueError, match="train tokens are damaged"):
-        data.verify()
+    with pytest.raises(ValueError, match=r"doc\.bin was changed: delete .* and prepare again"):
+        TokenData.open(folder)
     (tmp_path / "doc.bin").write_bytes(content[:-2])
     with pytest.raises(ValueError, match="1998 bytes instead of 2000"):
         TokenData.open(folder)
@@ -161,7 +183,7 @@ def test_damaged_index(tmp_path: Path, at: int, value: bytes, message: str) -> N
     write_megatron(tmp_path / "doc", [400, 600])
     damage(tmp_path / "doc", at, value)
     with pytest.raises(ValueError, match=message) as caught:
-        Megatron(str(tmp_path / "doc"))
+        Megatron(str(tmp_path / "doc")).spans(100)
     assert "\n" not in str(caught.value)
 
 
@@ -191,8 +213,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
             prepare(cfg, root=tmp_path / "data")
         assert "\n" not in str(caught.value)
-    data = tmp_path / "data"
-    assert not data.exists() or not list(data.iterdir())
+    assert [p.name for p in (tmp_path / "data").glob("*") if not p.name.startswith(".lock-")] == []
 
 
 def test_foreign_ids_are_found_in_samples_of_a_long_file(
