@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from experiments.data.files import sampled_sha256
+from experiments.data.files import WHOLE_UP_TO, sampled_sha256
 from experiments.data.tokenizer import Tokenizer
 
 IGNORED = -100  # target of a position that is not scored
@@ -30,83 +30,84 @@ IGNORED = -100  # target of a position that is not scored
 class TokenData:
     """A prepared folder: `meta`, `fingerprint`, `tokenizer`, and the id arrays `train`, `val`.
 
-    Raises FileNotFoundError or ValueError in one line when the folder is incomplete, damaged or
-    truncated.
+    Made by `open`.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._remedy = f"delete {self.path} and prepare again"
         self.meta: dict[str, Any] = json.loads(self._read("meta.json"))
         self.fingerprint: str = self.meta["fingerprint"]
         self.vocab_size: int = self.meta["vocab_size"]
-        self.tokenizer = Tokenizer.from_json(self._read("tokenizer.json"))
-        if self.tokenizer.hash != self.meta["tokenizer_hash"]:
-            raise ValueError(
-                f"{self.path}/tokenizer.json was changed: delete {self.path} and prepare again"
-            )
+        try:
+            self.tokenizer = Tokenizer.from_json(self._read("tokenizer.json"))
+            sound = self.tokenizer.hash == self.meta["tokenizer_hash"]
+        except ValueError:
+            sound = False
+        if not sound:
+            raise ValueError(f"{self.path}/tokenizer.json was changed: {self._remedy}")
         self.train = self._tokens("train")
         self.val = self._tokens("val")
 
     @classmethod
     def open(cls, path: str | Path) -> TokenData:
-        """Opens what `prepare` made."""
+        """Opens what `prepare` made.
+
+        Raises FileNotFoundError or ValueError in one line when files are missing, truncated or
+        changed. Tokens are read whole up to 256 MiB (0.2 s), else, or where they lie elsewhere, in
+        samples.
+        """
         try:
-            return cls(path)
+            data = cls(path)
+            data._check("train")
+            data._check("val")
+            return data
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}/meta.json is damaged ({error!r}): delete {path} and prepare again"
             ) from None
 
     def __reduce__(self) -> tuple[Callable[..., TokenData], tuple[Path]]:
-        return TokenData.open, (self.path,)  # a worker maps the files itself
+        return TokenData, (self.path,)  # a worker maps the files itself, checked before
 
     def _read(self, name: str) -> str:
         file = self.path / name
         if not file.is_file():
             raise FileNotFoundError(
-                f"no prepared data at {self.path} ({name} is missing): prepare it again"
+                f"no prepared data at {self.path} ({name} is missing): {self._remedy}"
             )
         try:
             return file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise ValueError(f"{file} is damaged: delete {self.path} and prepare again") from None
+            raise ValueError(f"{file} is damaged: {self._remedy}") from None
 
     def _tokens(self, split: str) -> np.ndarray:
         part, dtype = self.meta[split], np.dtype(self.meta["dtype"])
         file = self.path / part["path"]  # an absolute path stands for itself
         if not file.is_file():
-            raise FileNotFoundError(f"token file {file} is missing: prepare the data again")
+            raise FileNotFoundError(f"token file {file} is missing: {self._remedy}")
         size, needed = (
             file.stat().st_size,
             part.get("file_bytes", part["n_tokens"] * dtype.itemsize),
         )
         if size != needed:
             raise ValueError(
-                f"token file {file} has {size} bytes instead of {needed}: prepare again"
+                f"token file {file} has {size} bytes instead of {needed}: {self._remedy}"
             )
         offset = part["offset"] * dtype.itemsize
         return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=(part["n_tokens"],))
 
-    def verify(self) -> None:
-        """Reads all tokens (samples of a file elsewhere); ValueError if they were changed."""
-        for split, tokens in (("train", self.train), ("val", self.val)):
-            part = self.meta[split]
-            if "sha256" in part:
-                sound = _sha256(tokens) == part["sha256"]
-            else:  # a file elsewhere, known by samples
-                start, size = part["offset"] * tokens.itemsize, tokens.nbytes
-                sound = sampled_sha256(Path(part["path"]), start, size) == part["sampled_sha256"]
-            if not sound:
-                raise ValueError(
-                    f"{self.path}: the {split} tokens are damaged; delete it and prepare again"
-                )
-
-
-def _sha256(tokens: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for start in range(0, len(tokens), 1 << 22):
-        digest.update(tokens[start : start + (1 << 22)].data)
-    return digest.hexdigest()
+    def _check(self, split: str) -> None:
+        part, tokens = self.meta[split], getattr(self, split)
+        file = self.path / part["path"]
+        if "sha256" in part and tokens.nbytes <= WHOLE_UP_TO:
+            with file.open("rb") as content:  # read, not mapped: it should not count as memory
+                sound = hashlib.file_digest(content, "sha256").hexdigest() == part["sha256"]
+        else:
+            start = part["offset"] * tokens.itemsize
+            sound = sampled_sha256(file, start, tokens.nbytes) == part["sampled_sha256"]
+        if not sound:
+            raise ValueError(f"token file {file} was changed: {self._remedy}")
 
 
 def permute(n_slots: int, seed: int, epoch: int, i: int) -> int:

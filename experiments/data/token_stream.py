@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from experiments.data.files import sampled_sha256
 from experiments.data.sources import Piece
 from experiments.data.tokenizer import Tokenizer
 
@@ -54,17 +55,21 @@ def token_arrays(
     pool = ThreadPoolExecutor(2)  # one turns ids into arrays while the other tokenizes
     try:
         for batch in _batches(pieces):
-            waiting.append((pool.submit(encode, batch), sum(len(text) for text, _ in batch)))
+            waiting.append((pool.submit(encode, batch), sum(_n_bytes(text) for text, _ in batch)))
             if len(waiting) == 3:
-                future, n_chars = waiting.popleft()
+                future, n_bytes = waiting.popleft()
                 yield future.result()
-                bar.update(n_chars)
-        for future, n_chars in waiting:
+                bar.update(n_bytes)
+        for future, n_bytes in waiting:
             yield future.result()
-            bar.update(n_chars)
+            bar.update(n_bytes)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         bar.close()
+
+
+def _n_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode(errors="replace"))
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -94,7 +99,13 @@ def write_tokens(
             if n_tokens == limit:
                 break
     arrays.close()
-    return {"path": path.name, "offset": 0, "n_tokens": n_tokens, "sha256": digest.hexdigest()}
+    return {
+        "path": path.name,
+        "offset": 0,
+        "n_tokens": n_tokens,
+        "sha256": digest.hexdigest(),
+        "sampled_sha256": sampled_sha256(path, 0, path.stat().st_size),
+    }
 
 
 def count_bytes(ids: np.ndarray, tokenizer: Tokenizer) -> int | None:

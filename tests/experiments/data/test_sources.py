@@ -332,7 +332,7 @@ def test_dataset_that_breaks_off_is_one_line(
     data = bytearray(path.read_bytes())
     data[:1000] = bytes(1000)
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"cannot read dataset '.*set', split 'train': .") as caught:
+    with pytest.raises(ValueError, match=r"cannot read dataset .*'train': .") as caught:
         list(HuggingFace(str(path.parent)).pieces("train"))
     assert "\n" not in str(caught.value)
 

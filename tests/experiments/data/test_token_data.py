@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.data import token_data
 from experiments.data.prepare import prepare
 from experiments.data.token_data import (
     IGNORED,
@@ -311,24 +312,39 @@ def test_damaged_folders_are_one_line(folder: Path, tmp_path: Path) -> None:
         (lambda p: (p / "meta.json").write_bytes(b"\xff"), "meta.json is damaged"),
         (lambda p: change_meta(p, dtype="float99"), "meta.json is damaged"),
         (lambda p: change_meta(p, tokenizer_hash="0"), "tokenizer.json was changed"),
-        (lambda p: (p / "tokenizer.json").write_text("x"), "not a tokenizer description"),
+        (lambda p: (p / "tokenizer.json").write_text("x"), "tokenizer.json was changed"),
+        (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     ]
     for i, (damage, message) in enumerate(cases):
         path = copy_of(folder, tmp_path / str(i))
-        TokenData.open(path).verify()
+        TokenData.open(path)
         damage(path)
         with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
             TokenData.open(path)
         assert "\n" not in str(caught.value)
+        assert str(caught.value).endswith(f"delete {path} and prepare again")
 
 
-def test_verify_reads_every_token(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole_up_to", [1 << 28, 100])
+@pytest.mark.parametrize(
+    ("name", "place"), [("train.bin", 4567), ("val.bin", 500), ("val.bin", -1)]
+)
+def test_a_flipped_bit_is_noticed_on_opening(
+    folder: Path,
+    tmp_path: Path,
+    name: str,
+    place: int,
+    whole_up_to: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(token_data, "WHOLE_UP_TO", whole_up_to)
     path = copy_of(folder, tmp_path / "copy")
-    tokens = bytearray((path / "val.bin").read_bytes())
-    tokens[500] ^= 1
-    (path / "val.bin").write_bytes(tokens)
-    with pytest.raises(ValueError, match="val tokens are damaged"):
-        TokenData.open(path).verify()
+    TokenData.open(path)
+    tokens = bytearray((path / name).read_bytes())
+    tokens[place] ^= 1
+    (path / name).write_bytes(tokens)
+    with pytest.raises(ValueError, match=f"{name} was changed: delete {path} and prepare again$"):
+        TokenData.open(path)
 
 
 def test_ids_outside_the_vocabulary_are_caught_when_read(folder: Path, tmp_path: Path) -> None:
