@@ -2,25 +2,26 @@
 
 The folder's name ends in a hash of what determines its content: identity of the source, tokenizer,
 settings. Everything is written under a temporary name and renamed at the end, so a folder that is
-there is complete.
+there is complete. Who makes it holds a lock of the operating system, which ends with its process;
+the empty file `.lock-...` that bears the lock stays and means nothing by itself.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
-import psutil
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -38,12 +39,16 @@ from experiments.data.token_stream import (
 from experiments.data.tokenizer import Tokenizer
 
 FORMAT = 1  # raised when the same settings would give other tokens
+WORK = ".tmp-"  # how names of unfinished folders start
 
 
 def prepare(
     cfg: DictConfig | Mapping[str, Any], root: str | os.PathLike[str] | None = None
 ) -> Path:
     """The folder with the tokens of a `data` config, made below `root` (cfg.root) if need be.
+
+    To find it, each call reads the source's files again, those above 256 MiB in samples: about a
+    second for a gigabyte of smaller ones. While another process makes it, the call waits.
 
     Raises ValueError or FileNotFoundError in one line for bad input, OSError in one line for a full
     disk; nothing half-made is left behind.
@@ -61,23 +66,30 @@ def prepare(
     )
     root = Path(root or settings["root"])
     final = root / f"{settings['name']}-{key[:12]}"
-    if (final / "meta.json").is_file():
+    if _is_made(final):
         return final
-    if final.exists():
-        raise ValueError(f"{final} is not complete (no meta.json): delete it")
-    with _work_folder(final) as work:
-        meta, tokenizer = _make(source, tokenizer, settings, work)
-        (work / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-        (work / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    with _disk_errors(root), _locked(final):
+        if _is_made(final):  # by another process, meanwhile
+            return final
+        with _work_folder(final) as work:
+            _fill(work, source, tokenizer, settings)
     return final
 
 
-def _make(
+def _is_made(final: Path) -> bool:
+    if (final / "meta.json").is_file():
+        return True
+    if final.exists():
+        raise ValueError(f"{final} is not complete (no meta.json): delete it")
+    return False
+
+
+def _fill(
+    work: Path,
     source: TextSource | TokenSource,
     tokenizer: Tokenizer | partial[Tokenizer],
     settings: Mapping[str, Any],
-    work: Path,
-) -> tuple[dict[str, Any], Tokenizer]:
+) -> None:
     is_text = hasattr(source, "pieces")
     if isinstance(tokenizer, partial):  # a recipe that wants the training text
         if not is_text:
@@ -87,7 +99,9 @@ def _make(
         parts = _write_text(cast(TextSource, source), tokenizer, settings, work)
     else:
         parts = _refer_to_tokens(cast(TokenSource, source), tokenizer, settings)
-    return _complete(parts, tokenizer, settings), tokenizer
+    meta = _complete(parts, tokenizer, settings)
+    (work / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    (work / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 def _settings(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -101,8 +115,8 @@ def _settings(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"data config: {str(error).splitlines()[0]}") from None
     assert isinstance(settings, dict)
     val_tokens = settings["val_tokens"]
-    if val_tokens is not None and val_tokens < 2:
-        raise ValueError(f"data.val_tokens={val_tokens}: held-out text needs at least 2 tokens")
+    if val_tokens is not None and not (isinstance(val_tokens, int) and val_tokens >= 2):
+        raise ValueError(f"data.val_tokens={val_tokens} must be a whole number, 2 or more")
     return {str(key): value for key, value in settings.items()}
 
 
@@ -145,34 +159,56 @@ def _digest(value: Any) -> str:
 
 
 @contextmanager
+def _locked(final: Path) -> Iterator[None]:
+    """Lets one process at a time into the block; the others wait."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with _lock_file(final.parent, final.name) as lock:
+        if not _acquire(lock):
+            print(f"another process prepares {final}: waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _lock_file(root: Path, name: str) -> IO[bytes]:
+    return (root / f".lock-{name}").open("ab")
+
+
+def _acquire(lock: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
 def _work_folder(final: Path) -> Iterator[Path]:
     """A folder that becomes `final` when the block succeeds and vanishes when it does not."""
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(final.parent)
-        work = final.parent / f".tmp-{final.name}-{socket.gethostname()}-{os.getpid()}"
-        work.mkdir()
-    except OSError as error:
-        raise _disk_error(error, final.parent) from None
+    _sweep(final.parent)
+    work = final.parent / f"{WORK}{final.name}"
+    shutil.rmtree(work, ignore_errors=True)  # ours, of a process that was killed
+    work.mkdir()
     try:
         yield work
-        try:
-            work.rename(final)
-        except OSError:
-            if not (final / "meta.json").is_file():  # else another process was first: same content
-                raise
-    except OSError as error:
-        raise _disk_error(error, final.parent) from None
+        work.rename(final)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _sweep(root: Path) -> None:
-    """Removes what a killed process of this machine left."""
-    for work in root.glob(f".tmp-*-{socket.gethostname()}-*"):
-        pid = work.name.rpartition("-")[2]
-        if pid == str(os.getpid()) or not psutil.pid_exists(int(pid)):
-            shutil.rmtree(work, ignore_errors=True)
+    """Removes what killed processes left: work folders whose lock nobody holds."""
+    for work in root.glob(f"{WORK}*"):
+        with _lock_file(root, work.name.removeprefix(WORK)) as lock:
+            if _acquire(lock):
+                shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _disk_errors(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _disk_error(error, root) from None
 
 
 def _disk_error(error: OSError, root: Path) -> OSError:

@@ -1,6 +1,7 @@
 import json
 import lzma
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ BPE = {
 
 # sources for processes that are to be disturbed; each yields documents of 1 MB
 SOURCES = '''
-import os, subprocess, sys, time
+import time
 from pathlib import Path
 
 class Endless:
@@ -49,12 +50,12 @@ class Endless:
                 Path("started").touch()
             yield f"{i} " + "some text " * 100_000, True
 
-class Overtaken(Endless):
-    """While the first process reads, a second one prepares the same data to its end."""
+class Slow(Endless):
+    """Counts how often it is read, and takes its time."""
     def pieces(self, split):
-        if split == "train" and "SECOND" not in os.environ:
-            environment = os.environ | {"SECOND": "1"}
-            subprocess.run([sys.executable, *sys.argv], env=environment, check=True)
+        with Path("readings").open("a") as file:
+            file.write(split + "\\n")
+        time.sleep(0.3)
         yield from super().pieces(split)
 '''
 
@@ -73,10 +74,15 @@ except (ValueError, OSError) as error:
 """
 
 
-def config(paths: Path | list[str], **changes: Any) -> dict[str, Any]:
+def config(paths: Path | str, **changes: Any) -> dict[str, Any]:
     source = {"_target_": "experiments.data.sources.TextFiles", "paths": str(paths)}
     cfg = {"name": "small", "source": source, "tokenizer": BYTES, "val_tokens": 500}
     return cfg | {"vocab_size": cfg["tokenizer"]["vocab_size"]} | changes  # type: ignore[index]
+
+
+def visible(root: Path) -> list[Path]:
+    """What lies in a root but for the locks, which stay."""
+    return [p for p in root.glob("*") if not p.name.startswith(".lock-")]
 
 
 @pytest.fixture
@@ -98,7 +104,6 @@ def test_every_document_is_followed_by_a_separator(texts: Path, tmp_path: Path) 
     assert {*parts[0][:-1], *parts[1][:-1]} == contents
     assert data.meta["dtype"] == "uint8"
     assert len(data.train) == data.meta["n_train_tokens"]
-    data.verify()
 
 
 def test_bits_per_byte_counts_exactly_the_held_out_text(texts: Path, tmp_path: Path) -> None:
@@ -186,6 +191,7 @@ def test_a_file_tokenizer_counts_by_content(texts: Path, tmp_path: Path) -> None
 def test_bad_input_is_one_line_and_leaves_nothing(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.txt").write_text("x")
     text_files = {"_target_": "experiments.data.sources.TextFiles"}
+    single = text_files | {"paths": str(texts / "00.txt")}
     cases = [
         (config(texts, source=text_files | {"paths": "???"}), r"data\.source\.paths must be given"),
         (config(tmp_path / "nowhere"), "no data file at"),
@@ -194,6 +200,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(texts: Path, tmp_path: Path) -
         (config(texts, source={"_target_": "experiments.data.sources.Nothing"}), "Nothing"),
         (config(texts, vocab_size=512), "data.vocab_size=512, but the tokenizer has 256"),
         (config(texts, val_tokens=1), "val_tokens=1"),
+        (config(texts, val_tokens=0), "val_tokens=0 must be"),
+        (config(texts, val_tokens=-5), "val_tokens=-5 must be"),
+        (config(texts, val_tokens=100.5), "val_tokens=100.5 must be a whole number"),
+        (config(texts, val_tokens="abc"), "val_tokens=abc must be a whole number"),
+        (config(texts, source=single | {"split_bytes": [-9, 9]}), "split_bytes=.-9, 9. must be"),
         (config(texts, tokenizer=BYTES | {"vocab_size": 257}, vocab_size=257), "256 ids"),
         (config(texts, name="${nosuch}"), "nosuch"),
     ]
@@ -201,8 +212,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(texts: Path, tmp_path: Path) -
         with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
             prepare(cfg, root=tmp_path / "data")
         assert "\n" not in str(caught.value), str(caught.value)
-    data = tmp_path / "data"
-    assert not data.exists() or not list(data.iterdir())
+    assert visible(tmp_path / "data") == []
 
 
 def test_incomplete_folder_is_not_taken_for_data(texts: Path, tmp_path: Path) -> None:
@@ -252,11 +262,11 @@ def wait_until_started(folder: Path, process: subprocess.Popen[str]) -> None:
 def test_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
     process = start(tmp_path, "Endless")
     wait_until_started(tmp_path, process)
-    assert len(list((tmp_path / "data").iterdir())) == 1
+    assert len(visible(tmp_path / "data")) == 1
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode != 0
-    assert list((tmp_path / "data").iterdir()) == []
+    assert visible(tmp_path / "data") == []
 
 
 def test_what_a_killed_process_left_is_cleared_by_the_next(tmp_path: Path, texts: Path) -> None:
@@ -264,20 +274,36 @@ def test_what_a_killed_process_left_is_cleared_by_the_next(tmp_path: Path, texts
     wait_until_started(tmp_path, process)
     process.kill()
     process.communicate(timeout=60)
-    (left,) = (tmp_path / "data").iterdir()
+    (left,) = visible(tmp_path / "data")
     assert left.name.startswith(".tmp-")
     folder = prepare(config(texts), root=tmp_path / "data")
-    assert list((tmp_path / "data").iterdir()) == [folder]
+    assert visible(tmp_path / "data") == [folder]
 
 
-def test_two_processes_may_prepare_the_same_data(tmp_path: Path) -> None:
-    process = start(tmp_path, "Overtaken", "10")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    first, second = out.split()
-    assert first == second
-    assert [p.name for p in (tmp_path / "data").iterdir()] == [Path(first).name]
-    TokenData.open(tmp_path / first).verify()
+def test_two_processes_share_the_work_on_the_same_data(tmp_path: Path) -> None:
+    racers = [start(tmp_path, "Slow", "10") for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in racers]
+    assert [process.returncode for process in racers] == [0, 0], outputs
+    (folder,) = {out.strip() for out, _ in outputs}
+    assert [p.name for p in visible(tmp_path / "data")] == [Path(folder).name]
+    TokenData.open(tmp_path / folder)
+    assert (tmp_path / "readings").read_text().split() == ["val", "train"]
+    notice = f"another process prepares {folder}: waiting for it\n"
+    assert sorted(err for _, err in outputs) in (["", ""], ["", notice])
+
+
+def test_data_being_prepared_is_not_swept_away(tmp_path: Path, texts: Path) -> None:
+    process = start(tmp_path, "Endless")
+    wait_until_started(tmp_path, process)
+    folder = prepare(config(texts), root=tmp_path / "data")
+    (work,) = {*visible(tmp_path / "data")} - {folder}
+    assert (work / "train.bin").is_file()
+    process.kill()
+    process.communicate(timeout=60)
+    again = start(tmp_path, "Endless", "9")
+    out, err = again.communicate(timeout=60)
+    assert again.returncode == 0, err
+    assert {*visible(tmp_path / "data")} - {folder} == {tmp_path / out.strip()} - {work}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
@@ -295,7 +321,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     assert err.splitlines() == [
         "error: disk full while preparing data in data: free space or set data.root"
     ]
-    assert list((tmp_path / "data").iterdir()) == []
+    assert visible(tmp_path / "data") == []
 
 
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may write anywhere")
@@ -308,9 +334,89 @@ def test_read_only_folder_is_one_line(tmp_path: Path, texts: Path) -> None:
         tmp_path.chmod(0o755)
 
 
+def test_a_changed_part_is_made_again_once_the_folder_is_gone(texts: Path, tmp_path: Path) -> None:
+    for i, damage in enumerate((Path.unlink, lambda file: os.truncate(file, 10))):
+        folder = prepare(config(texts), root=tmp_path / str(i))
+        damage(folder / "train.bin")
+        assert prepare(config(texts), root=tmp_path / str(i)) == folder
+        with pytest.raises((ValueError, OSError), match=f"delete {folder} and prepare again"):
+            TokenData.open(folder)
+        shutil.rmtree(folder)
+        TokenData.open(prepare(config(texts), root=tmp_path / str(i)))
+
+
+class Bar:
+    """Stands for a progress bar and keeps what it was told."""
+
+    def __init__(self, total: int | None, **_: Any) -> None:
+        self.total, self.n = total, 0
+        BARS.append(self)
+
+    def update(self, n: int) -> None:
+        self.n += n
+
+    def close(self) -> None:
+        pass
+
+
+BARS: list[Bar] = []
+
+
+def test_progress_counts_bytes(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_stream, "tqdm", Bar)
+    prepare(config(texts), root=tmp_path / "data")
+    (train,) = [bar for bar in BARS if bar.total is not None]
+    assert train.n == train.total
+
+
+MEMORY = """
+import resource, sys
+from experiments.data.prepare import prepare
+source = {"_target_": "experiments.data.records.Jsonl", "paths": sys.argv[1]}
+bpe = {"_target_": "experiments.data.tokenizer.train_bpe", "_partial_": True,
+       "vocab_size": 1200, "max_chars": 1_000_000}
+print(prepare({"name": "big", "source": source, "tokenizer": bpe, "val_tokens": 50_000}, "data"))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB there only")
+def test_resident_memory_stays_small(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    words = ["".join(map(chr, rng.integers(97, 123, n))) for n in rng.integers(4, 24, 100)]
+    text = " ".join([words[i] for i in rng.integers(0, len(words), 4_200)])
+    with (tmp_path / "big.jsonl").open("w") as file:
+        for i in range(1000):  # documents of 60 kB
+            file.write(json.dumps({"text": text[i:] + text[:i]}) + "\n")
+    assert (tmp_path / "big.jsonl").stat().st_size > 60e6
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, "big.jsonl"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "RAYON_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    folder, peak_kib = done.stdout.split()
+    assert TokenData.open(tmp_path / folder).meta["n_train_tokens"] > 5e6
+    assert int(peak_kib) < 1 << 20
+
+
 def test_quiet_without_a_terminal(texts: Path, tmp_path: Path, capfd: Any) -> None:
     prepare(config(texts), root=tmp_path / "data")
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_standard_library_holds_out_enough_varied_text(tmp_path: Path) -> None:
+    source = {"_target_": "experiments.data.sources.Stdlib"}
+    data = TokenData.open(prepare(config("", source=source, val_tokens=131072), root=tmp_path))
+    assert data.meta["n_val_tokens"] == 131072
+    assert (data.val == data.tokenizer.eot_id).sum() >= 10  # documents
+    assert 1.5 < data.meta["xz_bpb"] < 3.0
 
 
 def test_real_text_compresses_to_what_xz_gives(tmp_path: Path) -> None:
