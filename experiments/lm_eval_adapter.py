@@ -195,6 +195,7 @@ class LanguageModelLM(TemplateLM):
                 top_p=options.top_p,
                 generator=generator,
                 eot_id=self.eot_token_id,
+                vocab_size=self.codec.vocab_size,
                 stop=stopped if options.until else None,
             )
         texts = []

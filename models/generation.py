@@ -62,10 +62,12 @@ def generate(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
     eot_id: int | None = None,
+    vocab_size: int | None = None,
     stop: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by up to max_new_tokens ids; the prompts may differ in length.
 
+    Only ids below `vocab_size` are drawn: a model may have more than its tokenizer knows.
     A row ends before `eot_id`, or once `stop(row, its new ids)`, called after every new id, is
     true: a caller streams and looks for stop strings there. Raises ValueError for a prompt that
     is empty or not of the model's vocabulary, and past the model's max_ctx.
@@ -80,7 +82,8 @@ def generate(
     while True:
         x, after = model.features(ids, state)
         assert after is not None  # state in, state out
-        drawn = sample(model.head(x[:, -1]), temperature, top_k, top_p, generator)
+        logits = model.head(x[:, -1])[:, :vocab_size]
+        drawn = sample(logits, temperature, top_k, top_p, generator)
         kept = []
         for place, (row, token) in enumerate(zip(running, drawn.tolist(), strict=True)):
             if token == eot_id:

@@ -316,6 +316,19 @@ def test_generation_of_characters_beyond_ascii_stops_inside_none() -> None:
     assert lm.generate_until(requests("generate_until", asked)) == ["✓", "é✓"]
 
 
+def test_a_vocabulary_padded_beyond_the_tokenizers_still_makes_text() -> None:
+    class Padded(Alphabet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vocab_size = 300
+            more = torch.full((44, 256), 99.0)  # by far the likeliest
+            self.head.weight.data = torch.cat((self.head.weight.data, more))
+
+    lm = LanguageModelLM(Padded().eval(), BytesTokenizer())
+    asked = requests("generate_until", [("a", {"until": [], "max_gen_toks": 3})])
+    assert lm.generate_until(asked) == ["bcd"]
+
+
 @FAMILIES
 def test_sampling_is_asked_for_and_repeatable(build) -> None:
     asked = requests(

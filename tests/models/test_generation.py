@@ -66,6 +66,15 @@ def test_sampling_is_decided_by_its_generator(model: LanguageModel) -> None:
     assert generate(model, PROMPTS, 12, temperature=1.0, top_k=1) == generate(model, PROMPTS, 12)
 
 
+def test_ids_the_tokenizer_lacks_are_never_drawn(model: LanguageModel) -> None:
+    with torch.no_grad():
+        model.head.weight[30:] *= 100  # nothing is as likely, or unlikely, as these
+    settings = {"temperature": 5.0, "generator": torch.Generator().manual_seed(0)}
+    assert max(map(max, generate(model, PROMPTS, 12, **settings))) >= 30
+    for draw in ({}, settings):
+        assert max(map(max, generate(model, PROMPTS, 12, vocab_size=30, **draw))) < 30
+
+
 def test_nothing_to_do(model: LanguageModel) -> None:
     assert generate(model, [], 5) == []
     assert generate(model, PROMPTS, 0) == [[], [], [], []]
