@@ -313,6 +313,8 @@ def main(cfg: DictConfig) -> None:
     for run in runs:
         if not run.finished:
             print(f"{run.path}: not finished, skipped", flush=True)
+    if not finished:
+        raise ValueError("nothing to score: none of these runs is finished; train them first")
 
     import torch
 

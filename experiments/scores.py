@@ -25,19 +25,23 @@ def weights_hash(model: "LanguageModel") -> str:
 
 
 def held_out(run: RunDir) -> "TokenData":
-    """The prepared data a run was trained on.
+    """The data a run was trained on, prepared anew where it is no longer there.
 
     Raises:
-        FileNotFoundError, ValueError: if it is gone, or no longer the same.
+        FileNotFoundError, ValueError: if its source is gone, or no longer gives the same tokens.
     """
+    from experiments.data.prepare import prepare
     from experiments.data.token_data import TokenData
 
-    about = run.manifest.get("data")
-    if not about:
+    trained_on = run.manifest.get("data", {}).get("fingerprint")
+    if trained_on is None:
         raise ValueError("the run names no data it was trained on, so there is no held-out text")
-    data = TokenData.open(about["path"])
-    if data.fingerprint != about["fingerprint"]:
-        raise ValueError(f"{about['path']} is not the data it was trained on: prepare that again")
+    data = TokenData.open(prepare(run.config.data))
+    if data.fingerprint != trained_on:
+        raise ValueError(
+            f"the source of data={run.config.data.name} is no longer what it was trained on: "
+            f"{data.path} has the fingerprint {data.fingerprint[:12]}, not {trained_on[:12]}"
+        )
     return data
 
 

@@ -36,26 +36,26 @@ metadata: {{version: 3.0}}
 """
 
 
-def make_run(path: Path, data: Path, seed: int = 0) -> RunDir:
-    """A finished run of a tiny model on prepared data."""
+def make_run(path: Path, data: dict[str, Any], seed: int = 0) -> RunDir:
+    """A finished run of a tiny model on the data of a config."""
     torch.manual_seed(seed)
     model = RWKV4(**{k: v for k, v in NET.items() if k != "_target_"})  # type: ignore[arg-type]
     torch.nn.init.normal_(model.emb.weight)
-    prepared = TokenData.open(data)
+    prepared = TokenData.open(prepare(data))
     path.mkdir(parents=True)
-    OmegaConf.save(OmegaConf.create({"model": {"net": NET}}), path / "config.yaml")
+    OmegaConf.save(OmegaConf.create({"data": data, "model": {"net": NET}}), path / "config.yaml")
     (path / "checkpoints").mkdir()
     weights = {f"model.{k}": v for k, v in model.state_dict().items()}
-    torch.save({"state_dict": weights}, path / "checkpoints" / "best.ckpt")
+    torch.save({"state_dict": weights}, path / "checkpoints" / "last.ckpt")
     (path / "tokenizer.json").write_text(prepared.tokenizer.to_json())
-    about = {"path": str(data), "fingerprint": prepared.fingerprint}
-    write_json(path / "manifest.json", {"data": about})
+    write_json(path / "manifest.json", {"data": {"fingerprint": prepared.fingerprint}})
     write_json(path / "result.json", {"step": 1})
     return RunDir(path)
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The data config of the runs."""
     root = tmp_path_factory.mktemp("prepared")
     for name, n_words in (("train", 400), ("val", 1600)):
         (root / f"{name}.txt").write_text(" ".join(f"word{i:06d}" for i in range(n_words)))
@@ -66,12 +66,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     tokenizer = {"_target_": "experiments.data.tokenizer.BytesTokenizer", "vocab_size": 256}
     cfg = {"name": "tiny", "source": source, "tokenizer": tokenizer, "val_tokens": None}
-    return prepare(cfg, root=root / "data")
+    return cfg | {"root": str(root / "data")}
 
 
 @pytest.fixture
-def run(tmp_path: Path, prepared: Path) -> RunDir:
-    return make_run(tmp_path / "runs" / "toy" / "rwkv4_toy" / "seed=0", prepared)
+def run(tmp_path: Path, data: dict[str, Any]) -> RunDir:
+    return make_run(tmp_path / "runs" / "toy" / "rwkv4_toy" / "seed=0", data)
 
 
 def config(*overrides: str) -> Any:
@@ -105,6 +105,7 @@ def test_files_hold_lm_evals_keys_and_the_protocol(run: RunDir) -> None:
     assert stored["config"]["cloze"]["metadata"] == {"version": 1, "chance": 0.25}
     assert stored["n-samples"]["cloze"]["effective"] >= 8
     assert len(stored["protocol"]["weights"]) == 16
+    assert stored["protocol"]["checkpoint"] == "last"
     expected = {"prefix": "eot", "dtype": "float32", "rolling_ctx": 64, "n_truncated": 0}
     assert expected.items() <= stored["protocol"].items()
     shown = table({run.name: contents})
@@ -114,7 +115,7 @@ def test_files_hold_lm_evals_keys_and_the_protocol(run: RunDir) -> None:
     assert 6 < bits < 10  # the untrained model is close to uniform
 
 
-def test_what_is_scored_is_not_scored_again(run: RunDir, prepared: Path) -> None:
+def test_what_is_scored_is_not_scored_again(run: RunDir, data: dict[str, Any]) -> None:
     first = scored(run)
     before = stamps(run)
     assert scored(run, "batch_tokens=100", "n_threads=1") == first  # not part of the protocol
@@ -125,7 +126,7 @@ def test_what_is_scored_is_not_scored_again(run: RunDir, prepared: Path) -> None
     assert scored(run, "prefix=newline")["cloze"]["protocol"]["prefix"] == "newline"
     assert all(stamps(run)[name] > before[name] for name in before)
     shutil.rmtree(run.path / "checkpoints")
-    other = make_run(run.path.parent / "seed=1", prepared, seed=1)
+    other = make_run(run.path.parent / "seed=1", data, seed=1)
     shutil.move(other.path / "checkpoints", run.path / "checkpoints")
     again = scored(run)["cloze"]["protocol"]["weights"]
     assert again != first["cloze"]["protocol"]["weights"]
@@ -146,6 +147,18 @@ def test_limit_and_seed(run: RunDir) -> None:
         Evaluation(config("tasks.limit=0"))
 
 
+def test_prepared_data_may_be_removed_and_the_folder_changed(
+    run: RunDir, data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = scored(run)
+    shutil.rmtree(data["root"])
+    monkeypatch.chdir(tmp_path)
+    again = scored(RunDir(run.path), "force=true")
+    for task, content in first.items():
+        assert again[task]["results"] == content["results"]
+        assert again[task]["protocol"]["data"] == content["protocol"]["data"]
+
+
 def test_data_that_changed_is_refused(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = run.manifest
     manifest["data"]["fingerprint"] = "other"
@@ -153,7 +166,7 @@ def test_data_that_changed_is_refused(run: RunDir, capsys: pytest.CaptureFixture
     evaluation = Evaluation(config())
     assert evaluation.score(run) == {}
     assert evaluation.failures == [f"{run.path} cloze", f"{run.path} bits_per_byte"]
-    assert "is not the data it was trained on" in capsys.readouterr().err
+    assert "data=tiny is no longer what it was trained on" in capsys.readouterr().err
     assert not (run.path / "eval").exists()
 
 
@@ -286,11 +299,11 @@ def test_a_task_of_lm_eval_by_name(monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_the_command_goes_on_after_a_failure_and_reports_it(
-    run: RunDir, prepared: Path, tmp_path: Path
+    run: RunDir, data: dict[str, Any], tmp_path: Path
 ) -> None:
-    broken = make_run(run.path.parent / "seed=1", prepared)
-    (broken.path / "checkpoints" / "best.ckpt").write_bytes(b"not a checkpoint")
-    unfinished = make_run(run.path.parent / "seed=2", prepared)
+    broken = make_run(run.path.parent / "seed=1", data)
+    (broken.path / "checkpoints" / "last.ckpt").write_bytes(b"not a checkpoint")
+    unfinished = make_run(run.path.parent / "seed=2", data)
     (unfinished.path / "result.json").unlink()
     command = [sys.executable, "-m", "experiments.evaluate", "device=cpu", "n_threads=1"]
     root = CONF_DIR.parent
@@ -315,9 +328,15 @@ def test_the_command_goes_on_after_a_failure_and_reports_it(
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: no run directory matches")
     assert len(wrong.stderr.splitlines()) == 1
+    early = subprocess.run(
+        [*command, f"run='{unfinished.path}'"], cwd=root, capture_output=True, text=True
+    )
+    assert early.returncode == 2
+    assert early.stderr.startswith("error: nothing to score: none of these runs is finished")
+    assert len(early.stderr.splitlines()) == 1
 
 
 def test_a_run_directory_is_loaded_as_it_was_saved(run: RunDir) -> None:
-    model = load_model(run)
+    model = load_model(run, "last")
     assert not model.training
     assert model.ctx_len == 64
