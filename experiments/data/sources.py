@@ -58,20 +58,22 @@ class Stdlib:
             raise FileNotFoundError(f"no standard library sources in {root}: choose other data")
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": "stdlib", "files": {n: content_id(p) for n, p in self.files.items()}}
+        files = {name: content_id(path) for name, path in self.files.items()}
+        return {"kind": "stdlib", "files": files, "held_out": self._held_out()}
 
     def size_hint(self) -> int:
         return sum(path.stat().st_size for path in self.files.values())
 
     def pieces(self, split: str) -> Iterator[Piece]:
-        held_out = {n for n, p in self.files.items() if _rank(n) % 20 == 0 and _is_small(p)}
-        if split == "val":  # by hash, so that a cut at val_tokens takes from the whole alphabet
-            names = sorted(held_out, key=_rank)
-        else:
-            names = sorted(self.files.keys() - held_out)
-        for name in names:
+        held_out = self._held_out()
+        for name in held_out if split == "val" else sorted(self.files.keys() - set(held_out)):
             with tokenize.open(self.files[name]) as file:  # honours the coding line
                 yield from cut(file.read())
+
+    def _held_out(self) -> list[str]:
+        """Names in the order of their hash, so that a cut at val_tokens takes from all over."""
+        names = [n for n, path in self.files.items() if _rank(n) % 20 == 0 and _is_small(path)]
+        return sorted(names, key=_rank)
 
 
 class TextFiles:

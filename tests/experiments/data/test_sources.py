@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from experiments.data import files
+from experiments.data import files, sources
 from experiments.data.files import content_id, find_files, sampled_sha256
 from experiments.data.records import HuggingFace, Jsonl
 from experiments.data.sources import PIECE_CHARS, Piece, Stdlib, TextFiles, cut, cut_stream
@@ -45,6 +45,12 @@ def test_stdlib_splits_by_file_without_tests_or_packages() -> None:
     assert len(val) >= 15
     assert not set(val) & set(train)
     assert source.identity() == Stdlib().identity()
+
+
+def test_stdlib_split_otherwise_is_other_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Stdlib().identity()
+    monkeypatch.setattr(sources, "_is_small", lambda path: path.stat().st_size < 9000)
+    assert Stdlib().identity() != before
 
 
 def test_stdlib_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
