@@ -1,5 +1,6 @@
 """bench=generate: what generating text costs, measured on trained runs, next to their results."""
 
+import json
 import statistics
 import time
 from functools import partial
@@ -14,6 +15,7 @@ from experiments.run_dir import RunDir, find_runs, load_model, write_json
 from models.generation import generate as generate_ids
 from models.language_model import LanguageModel
 
+CHECKPOINT = "last"  # every run has it at the same budget
 FIRST = 16  # the shortest length measured; the next ones double
 PROMPT = [[0]]  # batch 1, one token: the cost does not depend on which
 
@@ -29,6 +31,8 @@ def generate(
 ) -> Report:
     """Seconds to generate 16, 32, ... tokens with each run, into its bench/generate.json.
 
+    A run is not measured again if its file has the same protocol and lengths, unless `force`.
+
     Raises:
         ValueError: unless exactly one of run and suite is given, or if max_tokens is too small.
         FileNotFoundError: if no run directory is there.
@@ -42,8 +46,9 @@ def generate(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     found = find_runs(run if run is not None else str(Path(runs_root) / str(suite) / "*" / "*"))
     finished = [one for one in found if one.finished]
-    wanted = [one for one in finished if force or not output(one).is_file()]
-    measure(wanted, lengths(max_tokens), repeats, device)
+    marks, protocol = lengths(max_tokens), asked_protocol(device, repeats)
+    wanted = [one for one in finished if force or not is_measured(one, protocol, marks)]
+    measure(wanted, marks, protocol)
     rows = [table_row(one, read_rows(output(one))) for one in finished]
     notes = [
         f"{len(wanted)} measured, {len(finished) - len(wanted)} measured before, "
@@ -64,45 +69,65 @@ def lengths(max_tokens: int) -> list[int]:
     return [FIRST << i for i in range((max_tokens // FIRST).bit_length())]
 
 
-def measure(runs: list[RunDir], marks: list[int], repeats: int, device: str) -> None:
-    """Measure the runs in turn and write the file of each."""
+def asked_protocol(device: str, repeats: int) -> dict[str, Any]:
+    """How every run of a benchmark is measured."""
+    return {
+        "batch_size": 1,
+        "n_threads": torch.get_num_threads(),
+        "dtype": "float32",  # what weights are kept in, whatever a run was trained in
+        "device": device,
+        "prompt_tokens": len(PROMPT[0]),
+        "repeats": repeats,
+        "checkpoint": CHECKPOINT,
+    }
+
+
+def is_measured(run: RunDir, protocol: dict[str, Any], marks: list[int]) -> bool:
+    """True if a run's file was made under this protocol and ends at the same length."""
+    try:
+        content = json.loads(output(run).read_text(encoding="utf-8"))
+        same = all(content["protocol"][key] == value for key, value in protocol.items())
+        return same and content["rows"][-1]["n_tokens"] == marks[-1]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False  # none, or a damaged one
+
+
+def measure(runs: list[RunDir], marks: list[int], protocol: dict[str, Any]) -> None:
+    """Measure the runs in turn and write the file of each after the last of its repeats."""
     seconds: dict[Path, list[list[float]]] = {run.path: [] for run in runs}
 
     def candidate(run: RunDir) -> float:
         # loaded each time: holding every model of a suite at once may not be possible
-        model = open_model(run, marks[-1], device)
+        model = open_model(run, marks[-1], protocol["device"])
         timed_generation(model, marks[:1])  # warm-up
-        seconds[run.path].append(timed_generation(model, marks))
-        return seconds[run.path][-1][-1]
+        mine = seconds[run.path]
+        mine.append(timed_generation(model, marks))
+        if len(mine) == protocol["repeats"]:
+            of_run = {"ctx_len": run.config.ctx_len, "ctx_len_measured": model.max_ctx}
+            content = {"protocol": protocol | of_run, "rows": cost_rows(model, marks, mine)}
+            write_json(output(run), content)
+        return mine[-1][-1]
 
+    repeats = protocol["repeats"]
     interleaved({run.name: partial(candidate, run) for run in runs}, repeats, warmup=0)
-    for run in runs:
-        model = open_model(run, marks[-1], device)
-        protocol = {
-            "batch_size": 1,
-            "n_threads": torch.get_num_threads(),
-            "dtype": str(model.emb.weight.dtype).removeprefix("torch."),
-            "device": device,
-            "prompt_tokens": len(PROMPT[0]),
-            "repeats": repeats,
-            "ctx_len": run.config.ctx_len,
-            "ctx_len_measured": model.max_ctx,
+
+
+def cost_rows(model: LanguageModel, marks: list[int], seconds: list[list[float]]) -> list[Row]:
+    """Median seconds and computed state bytes at each mark."""
+    return [
+        {
+            "n_tokens": n,
+            "seconds": statistics.median(repeat[i] for repeat in seconds),
+            "state_bytes": model.state_bytes(1, n),
+            "peak_mem_bytes": None,  # not to be told apart from the process's other memory
         }
-        rows = [
-            {
-                "n_tokens": n,
-                "seconds": statistics.median(repeat[i] for repeat in seconds[run.path]),
-                "state_bytes": model.state_bytes(1, n),
-                "peak_mem_bytes": None,  # not to be told apart from the process's other memory
-            }
-            for i, n in enumerate(marks)
-        ]
-        write_json(output(run), {"protocol": protocol, "rows": rows})
+        for i, n in enumerate(marks)
+    ]
 
 
 def open_model(run: RunDir, n_tokens: int, device: str) -> LanguageModel:
     """A run's model, able to hold n_tokens: where max_ctx is less, with a longer one."""
-    model = load_model(run, device=device)
+    model = load_model(run, CHECKPOINT, device)
     if model.max_ctx is None or model.max_ctx >= n_tokens:
         return model
     longer = instantiate(run.config.model.net, ctx_len=n_tokens)

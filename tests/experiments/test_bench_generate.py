@@ -37,7 +37,7 @@ def make_run(root: Path, name: str, net: dict[str, Any]) -> RunDir:
     OmegaConf.save(OmegaConf.create(config), path / "config.yaml")
     model = get_method(net["_target_"])(**{k: v for k, v in net.items() if k != "_target_"})
     weights = {f"model.{key}": value for key, value in model.state_dict().items()}
-    torch.save({"state_dict": weights}, path / "checkpoints" / "best.ckpt")
+    torch.save({"state_dict": weights}, path / "checkpoints" / "last.ckpt")
     write_json(path / "result.json", {})
     return RunDir(path)
 
@@ -59,14 +59,14 @@ def test_generate_writes_the_cost_into_each_run(tmp_path: Path) -> None:
         content = json.loads((run.path / "bench" / "generate.json").read_text())
         assert content["protocol"] == {
             "batch_size": 1, "n_threads": 1, "dtype": "float32", "device": "cpu",
-            "prompt_tokens": 1, "repeats": 2, "ctx_len": 32,
+            "prompt_tokens": 1, "repeats": 2, "checkpoint": "last", "ctx_len": 32,
             "ctx_len_measured": None if run is runs[0] else 64,
         }  # fmt: skip
         rows = content["rows"]
         assert [row["n_tokens"] for row in rows] == [16, 32, 64]
         assert sorted(row["seconds"] for row in rows) == [row["seconds"] for row in rows]
         assert [row["state_bytes"] for row in rows] == [
-            load_model(run).state_bytes(1, n) for n in (16, 32, 64)
+            load_model(run, "last").state_bytes(1, n) for n in (16, 32, 64)
         ]
     assert not (unfinished.path / "bench").exists()
     assert report.notes[0] == "2 measured, 0 measured before, 1 left out (not finished)."
@@ -96,11 +96,38 @@ def test_generate_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         measured(tmp_path, max_tokens=8)
     with pytest.raises(FileNotFoundError, match="no run directory"):
         measured(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "n_threads"), [({"max_tokens": 32}, 1), ({"repeats": 1}, 1), ({}, 2)]
+)
+def test_generate_measures_again_what_was_measured_otherwise(
+    tmp_path: Path, changes: dict[str, int], n_threads: int
+) -> None:
+    run = make_run(tmp_path, "rwkv", RWKV_NET)
+    measured(tmp_path)
+    torch.set_num_threads(n_threads)
+    assert measured(tmp_path, **changes).notes[0].startswith("1 measured, 0 measured before")
+    content = json.loads(bench_generate.output(run).read_text())
+    assert content["protocol"]["n_threads"] == n_threads
+    assert content["rows"][-1]["n_tokens"] == changes.get("max_tokens", 64)
+    assert measured(tmp_path, **changes).notes[0].startswith("0 measured, 1 measured before")
+
+
+def test_generate_measures_again_what_is_damaged(tmp_path: Path) -> None:
     run = make_run(tmp_path, "rwkv", RWKV_NET)
     (run.path / "bench").mkdir()
-    bench_generate.output(run).write_text("{")
-    with pytest.raises(ValueError, match="damaged: set force=true"):
-        measured(tmp_path)
+    for text in ("{", "[]", '{"protocol": {}, "rows": []}'):
+        bench_generate.output(run).write_text(text)
+        assert measured(tmp_path).notes[0].startswith("1 measured")
+
+
+def test_what_was_measured_stays_when_a_later_run_fails(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, name, RWKV_NET) for name in ("a", "b")]
+    (runs[1].path / "checkpoints" / "last.ckpt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        measured(tmp_path, repeats=1)
+    assert bench_generate.output(runs[0]).is_file()
 
 
 @pytest.mark.parametrize(("most", "expected"), [(16, [16]), (100, [16, 32, 64])])
@@ -115,7 +142,7 @@ def test_a_gpt_opens_past_its_context_with_the_same_weights(tmp_path: Path) -> N
     assert longer.max_ctx == 48
     assert not longer.training
     ids = torch.randint(256, (1, 32))
-    assert torch.equal(longer(ids)[0], load_model(run)(ids)[0])
+    assert torch.equal(longer(ids)[0], load_model(run, "last")(ids)[0])
     assert open_model(run, 32, "cpu").max_ctx == 32
 
 
@@ -137,6 +164,8 @@ def test_entry_prints_the_machine_and_writes_json(tmp_path: Path) -> None:
     assert content["bench"] == "generate"
     assert content["machine"]["n_threads"] == 1
     assert content["settings"]["max_tokens"] == 16
+    protocol = json.loads(bench_generate.output(run).read_text())["protocol"]
+    assert protocol["n_threads"] == 1
     assert [row["run"] for rows in content["tables"].values() for row in rows] == [run.name]
 
 
