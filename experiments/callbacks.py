@@ -5,18 +5,20 @@ import os
 import signal
 import sys
 import time
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tqdm import tqdm
 
 from experiments.lit_lm import LitLM
+from experiments.manifest import peak_memory_bytes
 from experiments.metrics import MetricsFile
 
 
@@ -46,6 +48,7 @@ class RunLog(Callback):
         self.flops_per_token = flops_per_token
         self.log_every = log_every
         self.pending: list[torch.Tensor] = []  # losses of the steps since the last training row
+        self.restored: list[float] = []  # those a checkpoint brought, not yet on the device
         self.time_s = 0.0  # spent training, over all starts of the run
         self.logged_time_s = 0.0  # time_s at the last training row
         self.clock: float | None = None  # running since; None while it stands
@@ -53,13 +56,13 @@ class RunLog(Callback):
     def state_dict(self) -> dict[str, Any]:
         self.tick()
         return {
-            "pending": [float(loss) for loss in self.pending],
+            "pending": self.restored + [float(loss) for loss in self.pending],
             "time_s": self.time_s,
             "logged_time_s": self.logged_time_s,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.pending = [torch.tensor(loss) for loss in state_dict["pending"]]
+        self.restored = state_dict["pending"]  # to be put where the next ones are
         self.time_s = state_dict["time_s"]
         self.logged_time_s = state_dict["logged_time_s"]
 
@@ -70,9 +73,19 @@ class RunLog(Callback):
             self.time_s += now - self.clock
             self.clock = now
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it no training time passes."""
+        self.tick()
+        running, self.clock = self.clock is not None, None
+        yield
+        if running:
+            self.clock = time.perf_counter()
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self.metrics.rewind(trainer.global_step)
+        trainer.strategy.barrier()  # the other ranks read it too
         self.clock = time.perf_counter()
 
     def on_train_batch_end(
@@ -86,7 +99,10 @@ class RunLog(Callback):
         assert isinstance(pl_module, LitLM)
         if len(pl_module.micro_losses) < trainer.accumulate_grad_batches:
             return
-        self.pending.append(torch.stack(pl_module.micro_losses).mean())
+        loss = torch.stack(pl_module.micro_losses).mean()
+        self.pending += [loss.new_tensor(value) for value in self.restored]
+        self.restored = []
+        self.pending.append(loss)
         pl_module.micro_losses.clear()
         if trainer.global_step % self.log_every == 0 or trainer.global_step == trainer.max_steps:
             self.write_training_row(trainer, pl_module)
@@ -136,8 +152,11 @@ class RunLog(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LitLM)
-        if not trainer.sanity_checking:
-            self.write(trainer, {"val/loss": pl_module.val_loss, "val/bpb": pl_module.val_bpb})
+        if not math.isfinite(pl_module.val_loss):
+            raise LossNotFinite(
+                f"the validation loss became {pl_module.val_loss} at step {trainer.global_step}"
+            )
+        self.write(trainer, {"val/loss": pl_module.val_loss, "val/bpb": pl_module.val_bpb})
         self.clock = time.perf_counter()
 
     def write(self, trainer: L.Trainer, values: dict[str, Any]) -> None:
@@ -147,16 +166,6 @@ class RunLog(Callback):
             self.metrics.append(row)
             for logger in trainer.loggers:
                 logger.log_metrics({k: v for k, v in row.items() if v is not None}, step=step)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory so far: allocated on a GPU, resident in the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -185,41 +194,42 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             temporary.unlink(missing_ok=True)
 
 
-def checkpoint_callbacks(folder: Path, every_min: float) -> list[Callback]:
-    """best.ckpt by validation loss; last.ckpt every so many minutes."""
-    return [
-        ModelCheckpoint(
-            folder, "best", monitor="val/loss", save_top_k=1, enable_version_counter=False
-        ),
-        ModelCheckpoint(
-            folder,
-            "last",
-            save_top_k=1,
-            train_time_interval=timedelta(minutes=every_min),
-            enable_version_counter=False,
-        ),
-    ]
+class Checkpoints(Callback):
+    """last.ckpt now and then and on SIGINT or SIGTERM, best.ckpt by validation loss.
 
-
-class StopSignal(Callback):
-    """SIGINT or SIGTERM sets a flag; the run saves after the step at hand and leaves.
+    Always at the end of a step, and after the validation that is due there: a run that goes on
+    from here has lost nothing. Every rank takes the same decisions.
 
     Args:
-        checkpoint: where to save.
+        folder: of the checkpoints.
+        run_log: its clock stands while files are written.
+        val_every: steps between validations.
+        every_min: minutes between saves of last.ckpt.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
-        self.received: int | None = None
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+    def __init__(self, folder: Path, run_log: RunLog, val_every: int, every_min: float) -> None:
+        self.folder = folder
+        self.run_log = run_log
+        self.val_every = val_every
+        self.every_s = 60 * every_min
+        self.received: int | None = None  # signal
+        self.best_loss = math.inf
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:  # the second time means now
             raise SystemExit(128 + number)
         self.received = number
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # here, after Lightning's own: that one stops in the middle of a validation, unsaved
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+        self.saved_at = time.monotonic()
+        for leftover in self.folder.glob(".*.ckpt.*"):  # of a process killed while it saved
+            leftover.unlink(missing_ok=True)
+        # from the file, rewound to the step at hand: it and best.ckpt can never disagree
+        losses = [value for _, value in self.run_log.metrics.column("val/loss")]
+        self.best_loss = min(losses, default=math.inf)
 
     def on_train_batch_end(
         self,
@@ -229,15 +239,38 @@ class StopSignal(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if self.received is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        step = trainer.global_step
+        mid_step = (batch_idx + 1) % trainer.accumulate_grad_batches
+        validated_next = step % self.val_every == 0 or step >= trainer.max_steps
+        if not mid_step and not validated_next:
+            self.save_if_due(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, LitLM)
+        if pl_module.val_loss < self.best_loss:
+            self.best_loss = pl_module.val_loss
+            self.save(trainer, "best")
+        self.save_if_due(trainer)
+
+    def save_if_due(self, trainer: L.Trainer) -> None:
+        due = time.monotonic() - self.saved_at > self.every_s
+        # any rank's clock or signal counts for all, so that no rank saves alone
+        stop = trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
+        if not stop and not trainer.strategy.reduce_boolean_decision(due, all=False):
             return
-        trainer.save_checkpoint(self.checkpoint)
-        if trainer.is_global_zero:
-            print(
-                f"stopped at step {trainer.global_step} and saved; the same command goes on",
-                file=sys.stderr,
-            )
-        raise SystemExit(128 + self.received)
+        self.save(trainer, "last")
+        self.saved_at = time.monotonic()
+        if stop:
+            if trainer.is_global_zero:
+                print(
+                    f"stopped at step {trainer.global_step} and saved; the same command goes on",
+                    file=sys.stderr,
+                )
+            raise SystemExit(128 + (self.received or signal.SIGTERM))
+
+    def save(self, trainer: L.Trainer, name: str) -> None:
+        with self.run_log.paused():
+            trainer.save_checkpoint(self.folder / f"{name}.ckpt")
 
 
 class TokenBar(Callback):

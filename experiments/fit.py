@@ -15,24 +15,25 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from experiments.callbacks import (
     AtomicCheckpointIO,
+    Checkpoints,
     LossNotFinite,
     RunLog,
-    StopSignal,
     TokenBar,
-    checkpoint_callbacks,
 )
+from experiments.config import check_config, config_hash, make, plain, step_count
 from experiments.data.prepare import prepare
 from experiments.data.token_data import TokenData, TokenDataModule
-from experiments.entry import RunFailed, one_line, one_line_errors
+from experiments.entry import REPORTED, RunFailed, one_line, one_line_errors
 from experiments.lit_lm import LitLM
-from experiments.manifest import PRECISIONS, manifest
+from experiments.manifest import manifest
 from experiments.metrics import MetricsFile, summarise
 from experiments.optim import make_optimizer
-from experiments.run_dir import RunDir, make, plain, read_checkpoint, write_json, write_text
+from experiments.run_dir import RunDir, RunLocked, read_checkpoint, write_json, write_text
 from models.language_model import LanguageModel
 
 
@@ -40,6 +41,7 @@ def fit(run: RunDir) -> None:
     """Train a run to its budget, from its last checkpoint if there is one, and write its result."""
     cfg = run.config
     quiet_lightning()
+    check_config(cfg)
     if cfg.n_threads:
         torch.set_num_threads(cfg.n_threads)
     data = TokenData.open(prepare(cfg.data))
@@ -47,11 +49,20 @@ def fit(run: RunDir) -> None:
     L.seed_everything(cfg.seed, verbose=False)
     model = make(cfg.model.net)
     check_model(model, cfg, data)
-    trainer, module, datamodule = build(run, model, data, n_steps)
+    try:
+        trainer, module, datamodule = build(run, model, data, n_steps)
+    except MisconfigurationException as error:  # devices that are not there
+        raise ValueError(one_line(error)) from None
 
     last = run.path / "checkpoints" / "last.ckpt"
     if last.is_file():
         read_checkpoint(last)  # one clear line for a damaged one
+        before = run.manifest.get("data", {}).get("fingerprint", data.fingerprint)
+        if before != data.fingerprint:
+            raise ValueError(
+                f"{run.path} was trained on other data than {data.path} now holds: "
+                "choose another suite=NAME, or remove that folder to train again"
+            )
     described = manifest(run, model, data, trainer)
     module.peak_flops = described["device"]["peak_flops"]
     if trainer.is_global_zero:
@@ -80,12 +91,12 @@ def build(
 ) -> tuple[L.Trainer, LitLM, TokenDataModule]:
     """The three Lightning parts of a run: trainer, module, data."""
     cfg = run.config
-    check_precision(cfg)
     tokens_per_step = cfg.batch_size * cfg.ctx_len
     flops = model.flops_per_token(cfg.ctx_len)
-    checkpoints = run.path / "checkpoints"
+    val_every = max(1, round(n_steps / cfg.n_validations))
+    run_log = RunLog(MetricsFile(run.path / "metrics.csv"), tokens_per_step, flops, cfg.log_every)
     trainer = L.Trainer(
-        **plain(cfg.trainer),
+        **trainer_options(cfg),
         precision=cfg.precision,
         max_steps=n_steps,
         max_epochs=-1,
@@ -93,10 +104,9 @@ def build(
         check_val_every_n_epoch=None,
         logger=make_loggers(cfg, run) or False,
         callbacks=[
-            RunLog(MetricsFile(run.path / "metrics.csv"), tokens_per_step, flops, cfg.log_every),
-            StopSignal(checkpoints / "last.ckpt"),
+            run_log,
             TokenBar(run.name, tokens_per_step),
-            *checkpoint_callbacks(checkpoints, cfg.checkpoint_every_min),
+            Checkpoints(run.path / "checkpoints", run_log, val_every, cfg.checkpoint_every_min),
         ],
         plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False,  # our batches already know their rank
@@ -111,7 +121,7 @@ def build(
             f"{cfg.micro_batch_size} x {trainer.world_size} devices"
         )
     trainer.accumulate_grad_batches = n_accumulated
-    trainer.val_check_interval = max(1, round(n_steps / cfg.n_validations)) * n_accumulated
+    trainer.val_check_interval = val_every * n_accumulated
     optim = {k: cfg.optim[k] for k in ("peak_lr", "betas", "eps", "weight_decay", "lr_scale")}
     # under float16 the scaler must see the gradients before the step, which a fused one hides
     optim["fused"] = cfg.precision != "16-mixed"
@@ -140,47 +150,36 @@ def build(
     return trainer, module, datamodule
 
 
-def step_count(cfg: DictConfig) -> int:
-    """Optimizer steps within the budget.
+def trainer_options(cfg: DictConfig) -> dict[str, Any]:
+    """Arguments of Lightning's Trainer from conf/trainer: where and on how many devices.
 
     Raises:
-        ValueError: if the budget does not pay for one, or a size is impossible.
+        ValueError: for a precision that the device cannot train in.
     """
-    for key in ("ctx_len", "batch_size", "micro_batch_size", "n_validations", "log_every"):
-        if not isinstance(cfg[key], int) or cfg[key] < 1:
-            raise ValueError(f"{key} is {cfg[key]!r}: it must be a whole number of at least 1")
-    tokens_per_step = cfg.batch_size * cfg.ctx_len
-    if cfg.budget_tokens < tokens_per_step:
-        raise ValueError(
-            f"budget_tokens {cfg.budget_tokens} is less than one step "
-            f"(batch_size {cfg.batch_size} x ctx_len {cfg.ctx_len} = {tokens_per_step} tokens)"
-        )
-    return int(cfg.budget_tokens) // tokens_per_step
-
-
-def check_precision(cfg: DictConfig) -> None:
-    """Raise ValueError for a precision that is unknown, or that the device cannot train in."""
-    if cfg.precision not in PRECISIONS:
-        raise ValueError(f"precision is {cfg.precision!r}: choose {', '.join(PRECISIONS)}")
-    on_cpu = cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available()
-    if cfg.precision == "16-mixed" and on_cpu:
+    options = plain(cfg.trainer)
+    if options["accelerator"] == "auto":  # Lightning's own would take Apple's GPUs, untested here
+        options["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"
+    if cfg.precision == "16-mixed" and options["accelerator"] == "cpu":
         raise ValueError("precision=16-mixed needs a GPU: on a CPU use bf16-mixed or 32-true")
+    return options
 
 
 def check_model(model: LanguageModel, cfg: DictConfig, data: TokenData) -> None:
     """Raise ValueError if the model cannot read the data it is given."""
-    if model.vocab_size < data.meta["vocab_size"]:
+    padded = -(-data.vocab_size // 512) * 512  # as Pythia's, for the sake of fast matmuls
+    if not data.vocab_size <= model.vocab_size <= padded:
         raise ValueError(
-            f"the model's vocabulary of {model.vocab_size} is smaller than the data's "
-            f"{data.meta['vocab_size']}: set model.net.vocab_size=${{data.vocab_size}}"
+            f"the model's vocabulary of {model.vocab_size} is not that of the data, "
+            f"{data.vocab_size} (or padded, up to {padded}): "
+            "set model.net.vocab_size='${data.vocab_size}'"
         )
     if model.max_ctx is not None and model.max_ctx < cfg.ctx_len:
         raise ValueError(f"ctx_len {cfg.ctx_len} is longer than the model's {model.max_ctx}")
 
 
 def make_loggers(cfg: DictConfig, run: RunDir) -> list[Any]:
-    """The loggers of the config beside metrics.csv; each keeps one identity over resumes."""
-    identity = hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:12]
+    """The loggers of the config beside metrics.csv; W&B and TensorBoard go on where they were."""
+    identity = hashlib.sha256(f"{run.name}/{config_hash(plain(cfg))}".encode()).hexdigest()[:12]
     extra: dict[str, dict[str, Any]] = {
         "tensorboard": {},
         "wandb": {"id": identity, "name": run.name},
@@ -208,32 +207,51 @@ def quiet_lightning() -> None:
 
 
 def attempt(run: RunDir) -> None:
-    """``fit`` under the run's lock; a failure leaves its reason in ``error.txt``."""
-    error_file = run.path / "error.txt"
+    """``fit`` under the run's lock; a failure leaves its reason in ``error.txt``.
+
+    Raises:
+        RunFailed: if training failed, or if another process is at it.
+        ValueError, OSError: for bad input, found before training began.
+    """
     try:
         with run.lock() if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
-            fit(run)
-        error_file.unlink(missing_ok=True)
-    except LossNotFinite as error:
+            attempt_locked(run)
+    except RunLocked as error:
+        raise RunFailed(str(error)) from error
+
+
+def attempt_locked(run: RunDir) -> None:
+    error_file = run.path / "error.txt"
+    error_file.unlink(missing_ok=True)
+    try:
+        fit(run)
+    except Exception as error:
+        reason = explain(error, run)
+        write_text(error_file, f"{reason}\n\n{traceback.format_exc()}")
+        if isinstance(error, ValueError | OSError | ImportError) and not run.manifest:
+            raise  # bad input: nothing was trained
+        if isinstance(error, (*REPORTED, LossNotFinite, torch.OutOfMemoryError)):
+            raise RunFailed(reason) from error
+        raise
+
+
+def explain(error: Exception, run: RunDir) -> str:
+    """One line: what went wrong, and what to do about it."""
+    cfg = run.config
+    if isinstance(error, LossNotFinite):
         last = run.path / "checkpoints" / "last.ckpt"
         kept = (
             f"checkpoint of step {read_checkpoint(last)['global_step']} kept; "
             if last.is_file()
             else ""
         )
-        reason = f"{error}; {kept}lower optim.peak_lr={run.config.optim.peak_lr} or use 32-true"
-        write_text(error_file, f"{reason}\n\n{traceback.format_exc()}")
-        raise RunFailed(reason) from error
-    except torch.OutOfMemoryError as error:
-        reason = (
-            f"out of memory: halve micro_batch_size={run.config.micro_batch_size}, "
-            "or set loss=chunked"
+        return f"{error}; {kept}lower optim.peak_lr={cfg.optim.peak_lr} or use precision=32-true"
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"out of memory: halve micro_batch_size={cfg.micro_batch_size}, set loss=chunked "
+            "or ++model.net.grad_checkpoint=true"
         )
-        write_text(error_file, f"{reason}\n\n{traceback.format_exc()}")
-        raise RunFailed(reason) from error
-    except Exception as error:
-        write_text(error_file, f"{one_line(error)}\n\n{traceback.format_exc()}")
-        raise
+    return one_line(error)
 
 
 def main() -> None:

@@ -16,41 +16,50 @@ IGNORE = -100  # targets that do not count
 
 def cross_entropy(
     x: Tensor, head: nn.Linear, targets: Tensor, loss: str, reduction: str = "mean"
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy of ``head(x)`` in nats, over the targets that are not ``IGNORE``.
 
     Args:
         x: (B, T, C) features. targets: (B, T) int64.
         loss: "full" holds the (B*T, V) logits; "chunked" never holds them whole.
         reduction: "mean" or "sum".
+
+    Returns:
+        The loss, float32; and the logits (B*T, V), None where they are not held.
     """
     x, targets = x.flatten(0, 1), targets.flatten()
     if loss == "full":
-        logits = head(x).float()  # (B*T, V)
-        return F.cross_entropy(logits, targets, reduction=reduction, ignore_index=IGNORE)
-    assert loss == "chunked"
-    if torch.is_autocast_enabled(x.device.type):  # the chunked kernel wants one dtype for both
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return F.linear_cross_entropy(
-        x,
-        head.weight.to(x.dtype),
+        logits = head(x)
+        nats = F.cross_entropy(logits.float(), targets, reduction=reduction, ignore_index=IGNORE)
+        return nats, logits
+    # Operands in float32 also under autocast: the op adds up in, and returns, their dtype, and a
+    # bfloat16 sum of losses was off by up to 1 %.
+    nats = F.linear_cross_entropy(
+        x.float(),
+        head.weight.float(),
         targets,
         reduction=reduction,
         ignore_index=IGNORE,
         options=nn.LinearCrossEntropyOptions(),
-    ).float()
+    )
+    return nats, None
 
 
-def max_logit_penalty(x: Tensor, head: nn.Linear, chunk: int = 1024) -> Tensor:
+def max_logit_penalty(
+    x: Tensor, head: nn.Linear, logits: Tensor | None, chunk: int = 1024
+) -> Tensor:
     """Mean over positions of the squared largest logit, whose gradient reaches that logit alone.
 
     RWKV-4's trainer adds ``z_max * 1e-4 / (B*T)`` to the gradient of each position's largest logit;
     5e-5 times this value has that gradient, and as an ordinary loss term it is scaled and
-    accumulated like one. The logits are not held whole.
+    accumulated like one.
 
     Args:
         x: (B, T, C) features.
+        logits: (B*T, V), or None: then found again, ``chunk`` positions at a time.
     """
+    if logits is not None:
+        return logits.max(-1).values.float().square().mean()  # of equal ones, one gets it all
     x = x.flatten(0, 1)
     with torch.no_grad():
         largest = torch.cat([head(part).argmax(-1) for part in x.split(chunk)])  # (B*T,)
@@ -105,10 +114,10 @@ class LitLM(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         ids, targets = batch  # (B, T) both
         x, _ = self.model.features(ids)
-        nats = cross_entropy(x, self.model.head, targets, self.loss)
+        nats, logits = cross_entropy(x, self.model.head, targets, self.loss)
         self.micro_losses.append(nats.detach())
         if self.penalty:
-            return nats + self.penalty * max_logit_penalty(x, self.model.head)
+            return nats + self.penalty * max_logit_penalty(x, self.model.head, logits)
         return nats
 
     def configure_gradient_clipping(
@@ -125,27 +134,41 @@ class LitLM(L.LightningModule):
         # Lightning validates after the last step only if it is told that training stops there
         self.trainer.should_stop = self.trainer.global_step >= self.trainer.max_steps
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Lightning counts micro-batches and knows a dozen places to be interrupted at. Ours are
+        # always saved at the end of a step and go on at the start of the next, whose micro-batches
+        # may be of another number than they were.
+        n = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        loops = checkpoint["loops"]["fit_loop"]
+        for part in ("total", "current"):
+            loops["epoch_loop.batch_progress"][part].update(
+                ready=n, started=n, processed=n, completed=n - 1
+            )
+            loops["epoch_loop.val_loop.batch_progress"][part].update(
+                ready=0, started=0, processed=0, completed=0
+            )
+
     def on_validation_epoch_start(self) -> None:
-        # nats, targets, bytes
-        self.val_sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.val_sums = [0.0, 0.0, 0.0]  # nats, targets, bytes; Python's floats are float64
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         ids, targets = batch  # (B, T) both
         x, _ = self.model.features(ids)
         counted = targets[targets != IGNORE]
-        self.val_sums[0] += cross_entropy(x, self.model.head, targets, self.loss, "sum").double()
+        nats, _ = cross_entropy(x, self.model.head, targets, self.loss, "sum")
+        self.val_sums[0] += float(nats)
         self.val_sums[1] += counted.numel()
         if self.token_bytes is not None:
-            self.val_sums[2] += self.token_bytes[counted].sum()
+            self.val_sums[2] += int(self.token_bytes[counted].sum())
 
     def on_validation_epoch_end(self) -> None:
-        nats, n_tokens, n_bytes = self.trainer.strategy.reduce(
-            self.val_sums, reduce_op="sum"
-        ).tolist()
+        sums = self.val_sums
+        if self.trainer.world_size > 1:  # not for one: Apple's GPUs have no float64
+            local = torch.tensor(sums, dtype=torch.float64, device=self.device)
+            sums = self.trainer.strategy.reduce(local, reduce_op="sum").tolist()
+        nats, n_tokens, n_bytes = sums
         self.val_loss = nats / n_tokens
         self.val_bpb = bits_per_byte(nats, n_bytes)
-        # the best-checkpoint callback reads it; metrics.csv is written by the run log
-        self.log("val/loss", self.val_loss, logger=False)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.model)

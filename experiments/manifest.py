@@ -13,8 +13,9 @@ import lightning.pytorch as L
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
+from experiments.config import config_hash, plain
 from experiments.data.token_data import TokenData
-from experiments.run_dir import RunDir, config_hash, plain
+from experiments.run_dir import RunDir
 from models.language_model import LanguageModel, count_parameters
 from models.ops.wkv import live_backend
 
@@ -29,7 +30,8 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     """FLOP/s one device can do at most, and where the figure is from.
 
     A GPU's is the vendor's for dense matrix products of that precision, where Lightning's table
-    knows the card; else (and on a CPU) it is measured: the best of ten 1024 x 1024 x 1024 products.
+    knows the card; else (and on a CPU) it is measured: the best of ten products of matrices of
+    1024 x 1024, on a GPU 8192 x 8192.
     """
     dtype = PRECISIONS[precision]
     if device.type == "cuda":
@@ -38,13 +40,14 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
             known = get_available_flops(device, dtype)
         if known:
             return float(known), "vendor"
-    a = torch.randn(1024, 1024, device=device).to(dtype)
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device).to(dtype)
     seconds = []
     for _ in range(12):
         start = time.perf_counter()
         (a @ a).flatten()[0].item()  # reading a value waits for the device
         seconds.append(time.perf_counter() - start)
-    return 2 * 1024**3 / min(seconds[2:]), "measured"
+    return 2 * n**3 / min(seconds[2:]), "measured"
 
 
 def manifest(
@@ -53,7 +56,12 @@ def manifest(
     """What is trained on what, with which code, where (fields: CONTRIBUTING.md)."""
     cfg, meta = run.config, data.meta
     device = trainer.strategy.root_device
-    peak, source = peak_flops(device, cfg.precision)
+    name, earlier = device_name(device), run.manifest
+    if earlier and (earlier["device"]["name"], earlier["precision"]) == (name, cfg.precision):
+        # one denominator for all of a run's MFU, measured once
+        peak, source = earlier["device"]["peak_flops"], earlier["device"]["peak_source"]
+    else:
+        peak, source = peak_flops(device, cfg.precision)
     kept = ("name", "vocab_size", "n_train_tokens", "n_val_tokens", "n_val_bytes", "xz_bpb")
     return {
         "suite": cfg.suite,
@@ -66,6 +74,7 @@ def manifest(
         "data": {
             **{key: meta[key] for key in kept},
             "path": os.path.relpath(data.path),
+            "seed": cfg.data.seed,
             "fingerprint": data.fingerprint,
             "tokenizer": data.tokenizer.kind,
             "tokenizer_hash": data.tokenizer.hash,
@@ -79,7 +88,11 @@ def manifest(
         "flops_per_token": model.flops_per_token(cfg.ctx_len),
         "recipe": {"optim": cfg.optim.name, "schedule": cfg.schedule.name},
         "precision": cfg.precision,
-        "wkv_backend": live_backend(device) if model.family == "rwkv4" else None,
+        "wkv_backend": (
+            live_backend(device, cfg.model.net.get("wkv_backend", "auto"))
+            if model.family == "rwkv4"
+            else None
+        ),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -88,13 +101,34 @@ def manifest(
         "git": git_state(),
         "device": {
             "type": device.type,
-            "name": device_name(device),
+            "name": name,
             "n_devices": trainer.world_size,
             "n_threads": torch.get_num_threads(),
             "peak_flops": peak,
             "peak_source": source,
         },
     }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: allocated on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Largest resident memory of this process so far.
+
+    Linux: from /proc, because there getrusage also counts what the parent held when it forked.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def device_name(device: torch.device) -> str:

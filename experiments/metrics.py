@@ -68,6 +68,8 @@ def summarise(metrics: MetricsFile, flops_per_token: int) -> dict[str, Any]:
     speeds = [value for _, value in metrics.column("perf/tokens_per_s")]
     utilisations = [value for _, value in metrics.column("perf/mfu")]
     peaks = [value for _, value in metrics.column("perf/peak_mem_bytes")]
+    if losses[-1][0] != int(rows[-1]["step"]):
+        raise ValueError(f"{metrics.path} has no validation of its last step: train it again")
     best_step, best_loss = min(losses, key=lambda pair: pair[1])
     tokens = int(rows[-1]["tokens"])
     return {

@@ -61,16 +61,7 @@ def make_optimizer(
 
     Args:
         lr_scale: multiply the learning rate of each group by the multiplier its model states.
-
-    Raises:
-        ValueError: for a learning rate, beta or decay out of range.
     """
-    if not (0 < peak_lr < math.inf):
-        raise ValueError(f"optim.peak_lr is {peak_lr}: it must be above 0")
-    if weight_decay < 0:
-        raise ValueError(f"optim.weight_decay is {weight_decay}: it must be 0 or more")
-    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-        raise ValueError(f"optim.betas is {list(betas)}: two numbers from 0 to below 1 are wanted")
     groups = [
         {
             "params": group["params"],

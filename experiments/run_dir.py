@@ -5,7 +5,6 @@ Named by content (suite, model, overrides), never by the clock. CONTRIBUTING.md 
 
 import fcntl
 import glob
-import hashlib
 import json
 import os
 import re
@@ -18,28 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.config import check_targets, config_difference, make, plain, run_tag
+
 if TYPE_CHECKING:
     from models.language_model import LanguageModel
-
-# A run directory may come from somebody else: its config instantiates nothing but these.
-ALLOWED_TARGETS = ("models.", "experiments.", "lightning.pytorch.loggers.")
-
-# How a run is executed, not what it computes: these may change between a start and its resume.
-EXECUTION_KEYS = (
-    "micro_batch_size",
-    "num_workers",
-    "checkpoint_every_min",
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.strategy",
-    "logger",
-    "paths",
-    "data.root",
-    "model.net.grad_checkpoint",
-)
-# Chosen by the directory itself, so they do not appear in the last part of its name.
-NAMED_BY_PATH = ("suite", "model", "experiment", "seed")
 
 
 def write_json(path: Path, obj: Any) -> None:
@@ -63,77 +44,8 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def run_tag(overrides: Sequence[str], seed: int) -> str:
-    """The last part of a run's path: the seed and every override that changes what is computed."""
-    kept = []
-    for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
-        if key in NAMED_BY_PATH or key.startswith("hydra") or covers(EXECUTION_KEYS, key):
-            continue
-        kept.append(f"{key}={value}")
-    tag = ",".join(sorted(kept))
-    safe = re.sub(r"[^A-Za-z0-9=.,_+-]+", "-", tag)
-    if safe != tag or len(safe) > 80:  # two different tags must never share a directory
-        safe = f"{safe[:64]}-{hashlib.sha256(tag.encode()).hexdigest()[:8]}"
-    return f"seed={seed},{safe}" if safe else f"seed={seed}"
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
-    """A config as plain Python values, resolved.
-
-    Raises:
-        MissingMandatoryValue: if one that the user must give is still ``???``.
-    """
-    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
-def covers(keys: Sequence[str], key: str) -> bool:
-    """True if ``key`` is one of ``keys`` or lies below one of them."""
-    return any(key == k or key.startswith(k + ".") for k in keys)
-
-
-def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested config as ``{"a.b.c": value}``."""
-    if not isinstance(node, dict) or not node:
-        return {prefix: node}
-    rows: dict[str, Any] = {}
-    for key, value in node.items():
-        rows.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
-    return rows
-
-
-def config_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines ``key: old -> new`` for what differs between two configs, execution keys left out."""
-    a, b = flatten(old), flatten(new)
-    return [
-        f"{key}: {a.get(key, '(none)')} -> {b.get(key, '(none)')}"
-        for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key) and not covers(EXECUTION_KEYS, key)
-    ]
-
-
-def config_hash(config: dict[str, Any]) -> str:
-    """Hash of what a config computes (execution keys left out), 16 hex digits."""
-    rows = {k: v for k, v in flatten(config).items() if not covers(EXECUTION_KEYS, k)}
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def check_targets(node: Any, where: str = "config") -> None:
-    """Raise ValueError if a config would instantiate anything outside ALLOWED_TARGETS."""
-    if isinstance(node, dict):
-        target = node.get("_target_")
-        if target is not None and not str(target).startswith(ALLOWED_TARGETS):
-            raise ValueError(
-                f"{where} wants to instantiate {target!r}; allowed are targets that start with "
-                f"{', '.join(ALLOWED_TARGETS)}"
-            )
-        for value in node.values():
-            check_targets(value, where)
-    elif isinstance(node, list):
-        for value in node:
-            check_targets(value, where)
+class RunLocked(ValueError):
+    """Another process is training the run."""
 
 
 class RunDir:
@@ -156,23 +68,25 @@ class RunDir:
         """Make or find the run directory of a composed config and store the config in it.
 
         Raises:
-            ValueError: if the directory holds training of a different config, with the difference.
+            ValueError: if the directory holds training of a different config, with the difference;
+                or if another process is training there.
         """
         frozen = plain(config)
         check_targets(frozen)
         for part in (str(frozen["suite"]), str(frozen["model"]["name"])):
             if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*", part):
-                raise ValueError(
-                    f"{part!r} cannot name a folder: use letters, digits, '_', '-', '.'"
-                )
+                raise ValueError(f"{part!r} cannot name a folder: use letters, digits, '_-.'")
         path = (
             Path(frozen["paths"]["runs"])
             / frozen["suite"]
             / frozen["model"]["name"]
             / run_tag(overrides, frozen["seed"])
         )
-        if (path / "config.yaml").is_file():
-            run = cls(path)
+        if not (path / "config.yaml").is_file():
+            write_text(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(frozen)))
+            return cls(path)
+        run = cls(path)
+        with run.lock():
             difference = config_difference(plain(run.config), frozen)
             if difference and run.has_training:
                 shown = "; ".join(difference[:5]) + ("; ..." if len(difference) > 5 else "")
@@ -180,8 +94,8 @@ class RunDir:
                     f"{path} belongs to another config ({shown}): choose another suite=NAME, "
                     "or remove that folder to train again"
                 )
-        if not (path / "result.json").is_file():  # a finished run keeps the config it ran with
-            write_text(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(frozen)))
+            if not run.finished:  # a finished run keeps the config it ran with
+                write_text(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(frozen)))
         return cls(path)
 
     @cached_property
@@ -244,13 +158,13 @@ class RunDir:
         """Hold the run for this process; the operating system lets go when the process ends.
 
         Raises:
-            ValueError: if another process holds it.
+            RunLocked: if another process holds it.
         """
         with open(self.path / ".lock", "w", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ValueError(f"another process is training {self.path}") from None
+                raise RunLocked(f"another process is training {self.path}") from None
             yield
 
 
@@ -301,23 +215,6 @@ def model_weights(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     if not weights:
         raise ValueError(f"{path} holds no model weights")
     return weights
-
-
-def make(node: DictConfig, **kwargs: Any) -> Any:
-    """Instantiate a config node whose target is allowed.
-
-    Raises:
-        ValueError: if its target cannot be built from these values, with the target's own reason.
-    """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    check_targets(plain(node))
-    try:
-        return instantiate(node, **kwargs)
-    except InstantiationException as error:
-        cause = error.__cause__ or error
-        raise ValueError(" ".join(str(cause).split())) from error
 
 
 def load_model(run: RunDir, checkpoint: str = "best", device: str = "cpu") -> "LanguageModel":

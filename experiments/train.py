@@ -15,9 +15,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from experiments.entry import entry, one_line
+from experiments.config import check_config
+from experiments.entry import REPORTED, entry, one_line
 from experiments.run_dir import RunDir
 from experiments.sweep import Outcome
+
+# exit codes of a run that was told to stop: after it saved, or before it could
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
 
 
 def train(cfg: DictConfig, overrides: Sequence[str]) -> Outcome:
@@ -32,6 +36,7 @@ def train(cfg: DictConfig, overrides: Sequence[str]) -> Outcome:
         from experiments.data.token_data import TokenData
 
         cfg.data.vocab_size = TokenData.open(prepare(cfg.data)).vocab_size
+    check_config(cfg)
     run = RunDir.freeze(cfg, overrides)
     if run.finished:
         print(f"{run.name}: finished already", flush=True)
@@ -39,13 +44,18 @@ def train(cfg: DictConfig, overrides: Sequence[str]) -> Outcome:
     code = run_child([sys.executable, "-m", "experiments.fit", str(run.path)])
     if code == 0:
         return Outcome(str(run.path), "done")
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    if code in STOPPED:
         raise KeyboardInterrupt
-    reason = f"training ended with exit code {code}"
     error_file = run.path / "error.txt"
+    if code < 0:
+        reason = f"training was killed by signal {-code}"
+        reason += " (the system was out of memory?)" if -code == signal.SIGKILL else ""
+        print(f"error: {reason}; the same command goes on", file=sys.stderr, flush=True)
+        return Outcome(str(run.path), "failed", reason, 1)
+    reason = f"training ended with exit code {code}"
     if error_file.is_file():  # its first line; the process has printed it too
         reason = error_file.read_text(encoding="utf-8").partition("\n")[0]
-    if code == 2 and not run.has_training:
+    if code == 2 and not run.manifest:
         shutil.rmtree(run.path)  # bad input, nothing trained: leave nothing behind
         with contextlib.suppress(OSError):  # nor an empty folder of this model
             run.path.parent.rmdir()
@@ -71,7 +81,7 @@ def main(cfg: DictConfig) -> Outcome:
     if hydra.mode == RunMode.MULTIRUN:
         try:
             return train(cfg, overrides)
-        except (ValueError, OSError) as error:  # the other jobs go on
+        except REPORTED as error:  # the other jobs go on
             label = ",".join(overrides)
             print(f"error: {label}: {one_line(error)}", file=sys.stderr, flush=True)
             return Outcome(label, "failed", one_line(error))

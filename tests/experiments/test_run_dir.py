@@ -8,15 +8,12 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.config import check_targets, config_difference, config_hash, run_tag
 from experiments.run_dir import (
     RunDir,
-    check_targets,
-    config_difference,
-    config_hash,
     find_runs,
     model_weights,
     read_checkpoint,
-    run_tag,
     write_json,
     write_text,
 )
@@ -40,6 +37,10 @@ def test_tag_names_what_is_computed_and_nothing_else() -> None:
         run_tag(["suite=x", "model=y", "seed=3", "micro_batch_size=2", "logger=wandb"], 3)
         == "seed=3"
     )
+    assert (
+        run_tag(["trainer=ddp", "trainer.devices=2", "n_threads=1", "loss=chunked"], 0) == "seed=0"
+    )
+    assert run_tag(["budget_tokens=5e6"], 0) == run_tag(["budget_tokens=5_000_000"], 0)
     assert run_tag(["ctx_len=64", "batch_size=2"], 0) == "seed=0,batch_size=2,ctx_len=64"
 
 
@@ -57,7 +58,7 @@ def test_tags_of_different_overrides_differ_and_stay_in_their_folder() -> None:
 
 def test_same_config_again_is_the_same_directory(tmp_path: Path) -> None:
     first = RunDir.freeze(config(tmp_path), ["lr=1.0"])
-    assert first.path == tmp_path / "s" / "m" / "seed=0,lr=1.0"
+    assert first.path == tmp_path / "s" / "m" / "seed=0,lr=1"
     assert RunDir.freeze(config(tmp_path), ["lr=1.0"]).path == first.path
     assert not first.finished
     assert first.manifest == {}
@@ -78,6 +79,7 @@ def test_difference_and_hash_ignore_how_a_run_is_executed() -> None:
     b = {"lr": 1, "trainer": {"devices": 8}, "model": {"net": {"n": 1}}}
     assert config_difference(a, b) == []
     assert config_hash(a) == config_hash(b)
+    assert config_difference(a, a | {"new": 1}) == []  # of another version of the suite
     b["lr"] = 2
     assert config_difference(a, b) == ["lr: 1 -> 2"]
     assert config_hash(a) != config_hash(b)

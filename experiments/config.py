@@ -1,0 +1,198 @@
+"""What a config means: its checks, its name as a folder, its differences, what it may build."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+# A run directory may come from somebody else: its config instantiates nothing but these.
+ALLOWED_TARGETS = ("models.", "experiments.", "lightning.pytorch.loggers.")
+
+# How a run is executed, not what it computes: these may change between a start and its resume.
+EXECUTION_KEYS = (
+    "micro_batch_size",
+    "num_workers",
+    "n_threads",
+    "checkpoint_every_min",
+    "log_every",
+    "loss",
+    "compile",
+    "trainer",
+    "logger",
+    "paths",
+    "data.root",
+    "model.net.grad_checkpoint",
+    "model.net.wkv_backend",
+)
+# Chosen by the directory itself, so they do not appear in the last part of its name.
+NAMED_BY_PATH = ("suite", "model", "experiment", "seed")
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+LOSSES = ("full", "chunked")
+# key: (type, least value, whether the least itself is allowed); null is allowed for n_threads alone
+NUMBERS: dict[str, tuple[type, float, bool]] = {
+    "seed": (int, 0, True),
+    "ctx_len": (int, 1, True),
+    "batch_size": (int, 1, True),
+    "micro_batch_size": (int, 1, True),
+    "budget_tokens": (float, 0, False),
+    "n_validations": (int, 1, True),
+    "log_every": (int, 1, True),
+    "checkpoint_every_min": (float, 0, False),
+    "num_workers": (int, 0, True),
+    "n_threads": (int, 1, True),
+    "optim.peak_lr": (float, 0, False),
+    "optim.eps": (float, 0, False),
+    "optim.weight_decay": (float, 0, True),
+    "optim.grad_clip": (float, 0, True),
+    "optim.max_logit_penalty": (float, 0, True),
+}
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Raise ValueError for the first value that no run could be trained with."""
+    for key, (kind, least, inclusive) in NUMBERS.items():
+        value = OmegaConf.select(cfg, key)
+        if key == "n_threads" and value is None:
+            continue
+        is_number = isinstance(value, int if kind is int else (int, float))
+        if isinstance(value, bool) or not is_number or not math.isfinite(value):
+            wanted = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{key} is {value!r}: it must be {wanted}")
+        if value < least or (value == least and not inclusive):
+            raise ValueError(
+                f"{key} is {value}: it must be {'' if inclusive else 'above '}{least}"
+                f"{' or more' if inclusive else ''}"
+            )
+    betas = cfg.optim.betas
+    if (
+        not OmegaConf.is_list(betas)
+        or len(betas) != 2
+        or not all(isinstance(b, float | int) and 0 <= b < 1 for b in betas)
+    ):
+        raise ValueError(f"optim.betas is {betas}: it must be two numbers from 0 to below 1")
+    for key, allowed in (("precision", PRECISIONS), ("loss", LOSSES)):
+        if cfg[key] not in allowed:
+            raise ValueError(f"{key} is {cfg[key]!r}: choose {', '.join(allowed)}")
+    step_count(cfg)
+
+
+def step_count(cfg: DictConfig) -> int:
+    """Optimizer steps within the budget.
+
+    Raises:
+        ValueError: if the budget does not pay for one.
+    """
+    tokens_per_step = cfg.batch_size * cfg.ctx_len
+    if cfg.budget_tokens < tokens_per_step:
+        raise ValueError(
+            f"budget_tokens {cfg.budget_tokens} is less than one step "
+            f"(batch_size {cfg.batch_size} x ctx_len {cfg.ctx_len} = {tokens_per_step} tokens)"
+        )
+    return int(cfg.budget_tokens) // tokens_per_step
+
+
+def run_tag(overrides: Sequence[str], seed: int) -> str:
+    """The last part of a run's path: the seed and every override that changes what is computed."""
+    kept = []
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key in NAMED_BY_PATH or key.startswith("hydra") or covers(EXECUTION_KEYS, key):
+            continue
+        kept.append(f"{key}={canonical(value)}")
+    tag = ",".join(sorted(kept))
+    safe = re.sub(r"[^A-Za-z0-9=.,_+-]+", "-", tag)
+    if safe != tag or len(safe) > 80:  # two different tags must never share a directory
+        safe = f"{safe[:64]}-{hashlib.sha256(tag.encode()).hexdigest()[:8]}"
+    return f"seed={seed},{safe}" if safe else f"seed={seed}"
+
+
+def canonical(value: str) -> str:
+    """One spelling for a number: 5e6, 5_000_000 and 5000000 are the same override."""
+    try:
+        number = float(value.replace("_", ""))
+    except ValueError:
+        return value
+    return str(int(number)) if number.is_integer() else repr(number)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A config as plain Python values, resolved.
+
+    Raises:
+        MissingMandatoryValue: if one that the user must give is still ``???``.
+    """
+    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def covers(keys: Sequence[str], key: str) -> bool:
+    """True if ``key`` is one of ``keys`` or lies below one of them."""
+    return any(key == k or key.startswith(k + ".") for k in keys)
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested config as ``{"a.b.c": value}``."""
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    rows: dict[str, Any] = {}
+    for key, value in node.items():
+        rows.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return rows
+
+
+def config_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines ``key: old -> new`` for what differs between two configs, execution keys left out.
+
+    A key that only one of them has is of another version of this suite, and no difference.
+    """
+    a, b = flatten(old), flatten(new)
+    return [
+        f"{key}: {a[key]} -> {b[key]}"
+        for key in sorted(a.keys() & b.keys())
+        if a[key] != b[key] and not covers(EXECUTION_KEYS, key)
+    ]
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Hash of what a config computes (execution keys left out), 16 hex digits."""
+    rows = {k: v for k, v in flatten(config).items() if not covers(EXECUTION_KEYS, k)}
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_targets(node: Any, where: str = "config") -> None:
+    """Raise ValueError if a config would instantiate anything outside ALLOWED_TARGETS."""
+    if isinstance(node, dict):
+        target = node.get("_target_")
+        if target is not None and not str(target).startswith(ALLOWED_TARGETS):
+            raise ValueError(
+                f"{where} wants to instantiate {target!r}; allowed are targets that start with "
+                f"{', '.join(ALLOWED_TARGETS)}"
+            )
+        for value in node.values():
+            check_targets(value, where)
+    elif isinstance(node, list):
+        for value in node:
+            check_targets(value, where)
+
+
+def make(node: DictConfig, **kwargs: Any) -> Any:
+    """Instantiate a config node whose target is allowed.
+
+    Raises:
+        ValueError: if its target cannot be built from these values, with the target's own reason.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    check_targets(plain(node))
+    try:
+        return instantiate(node, **kwargs)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise ValueError(" ".join(str(cause).split())) from error
