@@ -12,6 +12,7 @@ from analysis import formats as fmt
 from analysis import scaling as laws
 from analysis import style
 from analysis.study import (
+    CACHE_COPY,
     NothingToShowError,
     Study,
     best_variants,
@@ -219,7 +220,7 @@ def generation_cost(study: Study) -> Plot:
         axes.set_xlabel("tokens generated")
         axes.set_ylabel(name)
     panels[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return Plot(title, figure)
+    return Plot(title, figure, [CACHE_COPY])
 
 
 def _names(runs: pd.DataFrame) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis import formats as fmt
+
 REFERENCE = "gpt"  # the family that the others are compared with, and come before
 MARKS = ("config.yaml", "manifest.json", "metrics.csv", "result.json", "error.txt")
 NOT_RUNS = {"report", "checkpoints", "eval", "bench"}
@@ -24,11 +26,15 @@ SIZES = ["parameters/total", "parameters/non_embedding", "flops_per_token"]
 # what a finished run must have, and may not leave empty, for any table to be right
 TEXTS = ("suite", "model", "family", "name", "data/fingerprint", "data/tokenizer_hash")
 NUMBERS = ["seed", *SIZES, "budget_tokens", "step", "tokens", "flops", "time_s", "val/loss"]
-OPTIONAL = ["val/bpb", "train/loss", "data/xz_bpb", *SPEED]
+OPTIONAL = ["val/bpb", "train/loss", "data/xz_bpb", "ctx_len", "batch_size", "data/seed", *SPEED]
+# how a run was trained; runs that differ here are no repeats of each other
+CONDITIONS = ["recipe/optim", "recipe/schedule", "precision"]
 ABOUT = ["run", "model", "family", "parameters/total"]
 COSTS = ("n_tokens", "seconds", "state_bytes")
-GENERATION_PROTOCOL = ("batch_size", "n_threads", "device", "dtype")
-PROTOCOL = ("version", "n_shot", "prefix", "dtype", "lm_eval", "n_documents")
+GENERATION_PROTOCOL = ["batch_size", "n_threads", "device", "dtype", "prompt_tokens"]
+# of a score's protocol, what may differ between scores in one table: the weights and the longest
+# context are the model's own, the device only rounds, the rest is counted or timed
+NOT_COMPARED = {"weights", "max_ctx", "device", "n_truncated", "time_s"}
 
 # what reading a damaged or foreign file can raise
 BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError)
@@ -52,7 +58,7 @@ def load_runs(path_or_glob: str | Path) -> pd.DataFrame:
         if column not in runs:
             runs[column] = np.nan
         runs[column] = pd.to_numeric(runs[column], errors="coerce")
-    for column in TEXTS:
+    for column in (*TEXTS, *CONDITIONS):
         if column not in runs:
             runs[column] = None
     runs["is_reference"] = runs["family"] == REFERENCE
@@ -83,7 +89,8 @@ def load_curves(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]
 
 def load_scores(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     """One row per run, task and metric of eval/*.json: `score`, `stderr` and `chance` (NaN when
-    unknown), `headline`, and the protocol. Also (run, reason) for what could not be read."""
+    unknown), `headline`, `weights`, and a column `protocol/...` for each thing that must be equal
+    in one table, as text (a dash for none). Also (run, reason) for what could not be read."""
     rows: list[dict[str, Any]] = []
     problems = []
     for path, about in _each(runs):
@@ -92,8 +99,10 @@ def load_scores(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]
                 rows += [about | score for score in _task_scores(_read_json(file), file.stem)]
             except BROKEN as error:
                 problems.append((about["run"], f"eval/{file.name}: {_one_line(error)}"))
-    columns = [*ABOUT, "task", "metric", "score", "stderr", "headline", "chance", *PROTOCOL]
-    return pd.DataFrame(rows, columns=columns), problems
+    columns = [*ABOUT, "task", "metric", "score", "stderr", "headline", "chance", "n_documents"]
+    protocol = sorted({key for row in rows for key in row if key.startswith("protocol/")})
+    scores = pd.DataFrame(rows, columns=[*columns, "weights", *protocol])
+    return scores.fillna(dict.fromkeys(protocol, fmt.MISSING)), problems
 
 
 def load_generation(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
@@ -153,7 +162,7 @@ def _read_run(path: str) -> dict[str, Any]:
         lines = (folder / "error.txt").read_text(errors="replace").strip().splitlines()
         return row | {
             "status": "failed",
-            "reason": (lines or ["error.txt is empty"])[-1].strip()[:200],
+            "reason": (lines or ["error.txt is empty"])[0].strip()[:200],  # a traceback follows
         }
     return row | {"status": "running-or-interrupted", "reason": _progress(folder / "metrics.csv")}
 
@@ -215,13 +224,19 @@ def _task_scores(content: dict[str, Any], task: str) -> list[dict[str, Any]]:
     )
     config = content.get("config", {}).get(task, {})
     protocol = content.get("protocol", {})
+    n_documents = content.get("n-samples", {}).get(task, {}).get("effective", np.nan)
+    compared = {key: value for key, value in protocol.items() if key not in NOT_COMPARED}
+    compared |= {
+        "version": content.get("versions", {}).get(task),
+        "n_shot": content.get("n-shot", {}).get(task),
+        "n_documents": n_documents,
+    }
     about = {
         "task": task,
         "chance": (config.get("metadata") or {}).get("chance", np.nan),
-        "n_documents": content.get("n-samples", {}).get(task, {}).get("effective", np.nan),
-        "version": content.get("versions", {}).get(task),
-        "n_shot": content.get("n-shot", {}).get(task),
-        **{key: protocol.get(key) for key in ("prefix", "dtype", "lm_eval")},
+        "n_documents": n_documents,
+        "weights": fmt.text(protocol.get("weights"))[:8],
+        **{f"protocol/{key}": fmt.text(value) for key, value in compared.items()},
     }
     scores = []
     for metric in sorted(metrics, key=lambda m: m != first):

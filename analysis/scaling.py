@@ -12,7 +12,8 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.special import stdtrit  # the t quantile, without the seconds scipy.stats takes to import
 
-from analysis.runs import REFERENCE, SIZES
+from analysis import formats as fmt
+from analysis.runs import CONDITIONS, REFERENCE, SIZES
 
 LEVEL = 0.95
 MIN_SIZES_IRREDUCIBLE = 6
@@ -130,34 +131,44 @@ def _solve_irreducible(u: Array, log_y: Array) -> Array:
 
 
 def matched_pairs(runs: pd.DataFrame, loss: str) -> pd.DataFrame:
-    """One row a pair of a model and the reference family's (GPT's) nearest in size (within 10 % of
-    total or non-embedding parameters or FLOPs): both sides' sizes and mean `loss`, and the gap,
-    model minus reference, with a 95 % t interval over the seeds they share (NaN for one seed)."""
+    """One row a pair of a model and the reference family's (GPT's) nearest in total parameters, if
+    one differs by 10 % at most: both sides' sizes and mean `loss`, and the gap, model minus
+    reference, with a 95 % t interval over the seeds they share. The interval is NaN for one seed,
+    and where the two were trained differently (`note` says how): nothing but the model may differ
+    in a pair of runs."""
     families = [f for f in runs["family"].unique() if f != REFERENCE]
     other = runs[runs["family"] == REFERENCE]
     if other.empty or not families:
         return pd.DataFrame()
-    other_sizes = other.groupby("model")[SIZES].first()
+    other_sizes = other.groupby("model")["parameters/total"].first()
     rows = []
     for (family, model), mine in runs[runs["family"].isin(families)].groupby(
         ["family", "model"], sort=False
     ):
-        mismatch = np.abs(np.log(other_sizes / mine[SIZES].iloc[0])).min(axis=1)
+        mismatch = (other_sizes / mine["parameters/total"].iloc[0] - 1).abs()
         if mismatch.min() > MATCH_TOLERANCE:
             continue
-        # of several within reach, the nearest in total parameters
-        near = other_sizes[mismatch <= MATCH_TOLERANCE]["parameters/total"]
-        partner = (near / mine["parameters/total"].iloc[0]).map(lambda r: abs(np.log(r))).idxmin()
+        partner = mismatch.idxmin()
         theirs = other[other["model"] == partner]
         row = {"family": family, "model": model, "reference": partner}
         for measure in SIZES:
             row[measure] = mine[measure].iloc[0]
             row[f"reference/{measure}"] = theirs[measure].iloc[0]
         row["loss"], row["reference/loss"] = mine[loss].mean(), theirs[loss].mean()
-        rows.append(
-            row | seed_gap(mine.groupby("seed")[loss].mean(), theirs.groupby("seed")[loss].mean())
-        )
+        for side, part in (("", mine), ("reference/", theirs)):
+            row[f"{side}n_variants"] = part["n_variants"].iloc[0]
+        unlike = _differences(mine.iloc[0], theirs.iloc[0])
+        gap = seed_gap(mine.groupby("seed")[loss].mean(), theirs.groupby("seed")[loss].mean())
+        if unlike:
+            note = f"not alike in {', '.join(unlike)}: no interval"
+            gap |= {"gap_low": np.nan, "gap_high": np.nan, "note": note}
+        rows.append(row | gap)
     return pd.DataFrame(rows)
+
+
+def _differences(mine: pd.Series, theirs: pd.Series) -> list[str]:
+    sides = [(c.split("/")[-1], fmt.text(mine[c]), fmt.text(theirs[c])) for c in CONDITIONS]
+    return [f"{name} ({a} / {b})" for name, a, b in sides if a != b]
 
 
 def seed_gap(mine: pd.Series, theirs: pd.Series) -> dict[str, float | int | str]:

@@ -10,8 +10,8 @@ import pandas as pd
 
 from analysis import formats as fmt
 from analysis.runs import (
+    CONDITIONS,
     GENERATION_PROTOCOL,
-    PROTOCOL,
     load_curves,
     load_generation,
     load_runs,
@@ -22,7 +22,14 @@ SAME = {
     "data/fingerprint": "data fingerprint",
     "data/tokenizer_hash": "tokenizer",
     "budget_tokens": "token budget",
+    "ctx_len": "context length",
+    "batch_size": "batch size",
+    "data/seed": "data seed",
 }
+CACHE_COPY = (
+    "A step of the GPT measured here copies its KV cache once (torch.cat), on top of reading it: "
+    "a cache allocated ahead would save that copy, not the reading, which also grows."
+)
 
 
 class NothingToShowError(Exception):
@@ -44,8 +51,8 @@ class Study:
 def load_study(path: str | Path, allow_mixed: bool = False) -> Study:
     """Everything under `path` (a suite's folder or a glob).
 
-    ValueError when no run has finished or, unless `allow_mixed`, when finished runs differ in data,
-    tokenizer, token budget or scoring protocol."""
+    ValueError when no run has finished or, unless `allow_mixed`, when finished runs differ in data
+    and the order of it, tokenizer, token budget, batch, or how they were scored or timed."""
     runs = load_runs(path)
     done = runs[runs["status"] == "finished"].reset_index(drop=True)
     if done.empty:
@@ -55,7 +62,7 @@ def load_study(path: str | Path, allow_mixed: bool = False) -> Study:
     scores, bad_scores = load_scores(done)
     generation, bad_generation = load_generation(done)
     if not allow_mixed:
-        _refuse_mixed(done, scores)
+        _refuse_mixed(done, scores, generation)
     rest = runs.loc[runs["status"] != "finished", ["run", "status", "reason"]]
     partly = [(run, "finished", why) for run, why in bad_curves + bad_scores + bad_generation]
     left_out = pd.concat([rest, pd.DataFrame(partly, columns=rest.columns)], ignore_index=True)
@@ -71,17 +78,19 @@ def loss_of(runs: pd.DataFrame) -> tuple[str, str]:
 
 def best_variants(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Of a model whose runs differ in more than the seed, only the variant of lowest mean loss, and
-    a line that says so: repeats differ in nothing but the seed."""
+    a line that says so: repeats differ in nothing but the seed. `n_variants` is how many the model
+    has."""
     loss, _ = loss_of(runs)
     kept, notes = [], []
     for model, group in runs.groupby("model", sort=False):
-        means = group.groupby("variant")[loss].mean()
-        best = means.idxmin()
+        variant = group[["variant", *CONDITIONS]].fillna("").agg(tuple, axis=1)
+        means = group.groupby(variant)[loss].mean()
+        best = variant.iloc[int(variant.map(means).argmin())]
         if len(means) > 1:
-            notes.append(
-                f"{model}: best of {len(means)} variants by {loss}: {best or 'no overrides'}."
-            )
-        kept.append(group[group["variant"] == best])
+            told = [at for at, c in enumerate(CONDITIONS, 1) if group[c].nunique(dropna=False) > 1]
+            name = ", ".join([best[0] or "no overrides", *(best[at] for at in told)])
+            notes.append(f"{model}: best of {len(means)} variants by {loss}: {name}.")
+        kept.append(group[variant == best].assign(n_variants=len(means)))
     return pd.concat(kept, ignore_index=True), notes
 
 
@@ -90,33 +99,42 @@ def groups(frame: pd.DataFrame, *keys: str) -> Iterator[tuple[Any, pd.DataFrame]
     yield from frame.groupby(keys[0] if len(keys) == 1 else list(keys), sort=False)
 
 
+def protocol_columns(scores: pd.DataFrame) -> list[str]:
+    """The columns that must be equal for scores to stand in one row."""
+    return [name for name in map(str, scores.columns) if name.startswith("protocol/")]
+
+
 def mean_scores(scores: pd.DataFrame) -> pd.DataFrame:
-    """Scores averaged over the seeds of each task, metric and model: `score`, `stderr` (of one run,
-    over documents), `seed_sd` (NaN for one seed), `n_runs`."""
+    """Scores averaged over the seeds of each task, metric, model and protocol: `score`, `stderr`
+    (of one run, over documents), `seed_sd` (NaN for one seed), `n_runs`, `weights` of each."""
     keys = ["task", "metric", "headline", "family", "model", "parameters/total"]
+    keys += protocol_columns(scores)
     order = scores.sort_values(["task", "headline", "metric"], ascending=[True, False, True])
-    by_model = order.groupby(keys, sort=False)
-    frame = by_model.agg(
-        score=("score", "mean"),
-        stderr=("stderr", lambda s: float(np.sqrt((s**2).mean()))),
-        seed_sd=("score", "std"),
-        n_runs=("score", "size"),
-        chance=("chance", "first"),
-        n_documents=("n_documents", "first"),
-    ).reset_index()
-    first = by_model.first().reset_index()
-    frame["protocol"] = [
-        f"{fmt.text(r['n_shot'])}-shot, {fmt.text(r['dtype'])}, prefix {fmt.text(r['prefix'])}, "
-        f"v{fmt.text(r['version'])}, lm-eval {fmt.text(r['lm_eval'])}"
-        for _, r in first.iterrows()
-    ]
-    return frame
+    return (
+        order.groupby(keys, sort=False)
+        .agg(
+            score=("score", "mean"),
+            stderr=("stderr", lambda s: float(np.sqrt((s**2).mean()))),
+            seed_sd=("score", "std"),
+            n_runs=("score", "size"),
+            chance=("chance", "first"),
+            n_documents=("n_documents", "first"),
+            weights=("weights", " ".join),
+        )
+        .reset_index()
+    )
 
 
 def mean_generation(study: Study) -> pd.DataFrame:
-    """Generation cost per model and length, the median over runs; raises when none was measured."""
+    """Generation cost per model and length, the median over runs; raises when none was measured, or
+    not all in the same way."""
     if study.generation.empty:
         raise NothingToShowError("no run has bench/generate.json; run experiments.benchmark first")
+    if len(study.generation[GENERATION_PROTOCOL].drop_duplicates()) > 1:
+        raise NothingToShowError(
+            f"measured in different ways ({generation_protocol(study)}); "
+            "measure all with one experiments.benchmark bench=generate"
+        )
     keys = ["family", "model", "parameters/total", "n_tokens"]
     return (
         study.generation.groupby(keys, sort=False)[["seconds", "state_bytes"]]
@@ -126,11 +144,12 @@ def mean_generation(study: Study) -> pd.DataFrame:
 
 
 def generation_protocol(study: Study) -> str:
-    """Batch, device and dtype of the measured generation, in words."""
-    seen = study.generation[list(GENERATION_PROTOCOL)].drop_duplicates()
+    """Batch, prompt, device and dtype of the measured generation, in words."""
+    seen = study.generation[GENERATION_PROTOCOL].drop_duplicates()
     return "; ".join(
-        f"batch {fmt.text(n)}, {fmt.text(device)}, {fmt.text(threads)} threads, {fmt.text(dtype)}"
-        for n, threads, device, dtype in seen.to_numpy()
+        f"batch {fmt.text(n)}, prompt {fmt.text(prompt)}, {fmt.text(device)}, "
+        f"{fmt.text(threads)} thread{'' if threads == 1 else 's'}, {fmt.text(dtype)}"
+        for n, threads, device, dtype, prompt in seen.to_numpy()
     )
 
 
@@ -151,12 +170,14 @@ def crossing(mine: pd.Series, theirs: pd.Series) -> str:
     return f"from about {shared[last] + share * (shared[last + 1] - shared[last]):.0f}"
 
 
-def _refuse_mixed(runs: pd.DataFrame, scores: pd.DataFrame) -> None:
+def _refuse_mixed(runs: pd.DataFrame, scores: pd.DataFrame, generation: pd.DataFrame) -> None:
     for column, name in SAME.items():
-        _refuse(runs, column, name)
+        _refuse(runs[runs[column].notna()], column, name)  # old manifests lack some
     for task, group in scores.groupby("task"):
-        for column in PROTOCOL:
-            _refuse(group, column, f"{column.replace('_', ' ')} of {task}")
+        for column in protocol_columns(group):
+            _refuse(group, column, f"{column.removeprefix('protocol/')} of {task}")
+    for column in GENERATION_PROTOCOL:
+        _refuse(generation, column, f"{column} of bench/generate.json")
 
 
 def _refuse(frame: pd.DataFrame, column: str, name: str) -> None:
@@ -168,7 +189,7 @@ def _refuse(frame: pd.DataFrame, column: str, name: str) -> None:
     for value in [common, *(v for v in runs_of.index if v != common)]:
         names = sorted(runs_of[value])
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        sides.append(f"{value[:12]} ({', '.join(names[:3])}{more})")
+        sides.append(f"{value[:24]} ({', '.join(names[:3])}{more})")
     raise ValueError(
         f"runs differ in {name}: {' against '.join(sides)}; "
         "report them as separate suites, or set allow_mixed=true"

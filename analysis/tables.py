@@ -8,8 +8,9 @@ import pandas as pd
 
 from analysis import formats as fmt
 from analysis import scaling
-from analysis.runs import SIZES, SPEED
+from analysis.runs import CONDITIONS, SIZES, SPEED
 from analysis.study import (
+    CACHE_COPY,
     NothingToShowError,
     Study,
     best_variants,
@@ -19,6 +20,7 @@ from analysis.study import (
     loss_of,
     mean_generation,
     mean_scores,
+    protocol_columns,
 )
 from analysis.table import Column, Table
 
@@ -26,6 +28,15 @@ X_NAMES = {
     "parameters/total": "total parameters",
     "parameters/non_embedding": "non-embedding parameters",
     "flops": "training FLOPs",
+}
+LAST_STEP = "Losses are those of the last step, at the end of the token budget."
+PROTOCOL_SAID = {
+    "n_shot": "{}-shot",
+    "checkpoint": "{} checkpoint",
+    "dtype": "{}",
+    "prefix": "prefix {}",
+    "version": "v{}",
+    "lm_eval": "lm-eval {}",
 }
 
 
@@ -49,8 +60,8 @@ def runs_overview(study: Study) -> Table:
         ("time", _of("time_s", fmt.seconds)),
     ]
     keep = ["run", "model", "family", "variant", "seed", *SIZES, "tokens", "flops"]
-    keep += ["val/loss", "val/bpb", *SPEED, "time_s"]
-    return Table("Runs", study.runs[keep], columns)
+    keep += ["val/loss", "val/bpb", *SPEED, "time_s", *CONDITIONS]
+    return Table("Runs", study.runs[keep], columns, [LAST_STEP])
 
 
 def matched_pairs(study: Study) -> Table:
@@ -59,10 +70,11 @@ def matched_pairs(study: Study) -> Table:
     loss, unit = loss_of(runs)
     pairs = scaling.matched_pairs(runs, loss)
     if pairs.empty:
-        raise NothingToShowError("no model has a GPT within 10 % of its size")
+        raise NothingToShowError("no model has a GPT within 10 % of its total parameters")
     unmatched = set(runs["model"]) - set(pairs["model"]) - set(pairs["reference"])
     if unmatched:
-        notes.append(f"Without a partner within 10 %: {', '.join(sorted(unmatched))}.")
+        names = ", ".join(sorted(unmatched))
+        notes.append(f"Without a partner within 10 % of total parameters: {names}.")
     columns: list[Column] = [
         ("model", _of("model")),
         ("matched GPT", _of("reference")),
@@ -76,10 +88,19 @@ def matched_pairs(study: Study) -> Table:
         ),
         ("seeds", lambda r: f"{r['n_seeds']}" + (f" ({r['note']})" if r["note"] else "")),
     ]
+    tried = pairs[["n_variants", "reference/n_variants"]]
+    if (tried > 1).any(axis=None):
+        columns.insert(-1, ("variants tried", lambda r: _both(r, "n_variants", str)))
+        notes.append(
+            "Of the variants tried the best is shown, chosen by this same loss: the gap favours "
+            "the side with more of them."
+        )
     notes.append(
-        "Left and right of each slash: the model and its matched GPT. Gap: model minus GPT, "
-        "negative when the model is better; paired t interval over the seeds both have."
+        "Left and right of each slash: the model and the GPT nearest in total parameters, within "
+        "10 %. Gap: model minus GPT, negative when the model is better; paired t interval over "
+        "the seeds both have. Seeds change the initialisation only: all see the same batches."
     )
+    notes.append(LAST_STEP)
     return Table(f"Matched pairs: gap in {unit}", pairs, columns, notes)
 
 
@@ -128,6 +149,8 @@ def benchmark_scores(study: Study) -> Table:
         raise NothingToShowError("no run has eval/*.json; run experiments.evaluate first")
     kept, notes = best_variants(study.runs)
     frame = mean_scores(study.scores[study.scores["run"].isin(kept["run"])])
+    by_metric = frame.groupby(["task", "metric"])
+    mixed = [c for c in protocol_columns(frame) if (by_metric[c].nunique() > 1).any()]
     columns: list[Column] = [
         ("task", _of("task")),
         ("metric", _of("metric")),
@@ -138,11 +161,12 @@ def benchmark_scores(study: Study) -> Table:
         ("seeds", lambda r: str(r["n_runs"])),
         ("chance", _of("chance", lambda x: fmt.fixed(x, 2))),
         ("documents", lambda r: f"{r['n_documents']:.0f}" if r["n_documents"] > 0 else fmt.MISSING),
-        ("protocol", _of("protocol")),
+        ("protocol", lambda r: _protocol(r, mixed)),
     ]
     notes.append(
         "Score: mean over seeds; s.e.: over documents, of one run. All seeds see the same "
-        "documents, so more seeds do not shrink it. The figure draws the first metric of a task."
+        "documents, so more seeds do not shrink it. The figure draws the first metric of a task. "
+        "Scores are of the checkpoint named under protocol; tables of losses are of the last step."
     )
     return Table("Zero-shot benchmarks", frame, columns, notes)
 
@@ -184,7 +208,8 @@ def generation_cost(study: Study) -> Table:
     lengths = [
         lengths[i] for i in np.unique(np.linspace(0, len(lengths) - 1, 4).round().astype(int))
     ]
-    pairs = scaling.matched_pairs(study.runs, loss_of(study.runs)[0])
+    kept, _ = best_variants(study.runs)
+    pairs = scaling.matched_pairs(kept, loss_of(kept)[0])
     partners = dict(pairs[["model", "reference"]].to_numpy()) if len(pairs) else {}
     by_model = {model: group.set_index("n_tokens") for model, group in costs.groupby("model")}
     rows = []
@@ -212,7 +237,8 @@ def generation_cost(study: Study) -> Table:
     ]
     notes = [
         "Cumulative seconds for generating that many tokens (median over repeats and runs); state: "
-        f"bytes of recurrent state or KV cache, computed, float32. {generation_protocol(study)}."
+        f"bytes of recurrent state or KV cache, computed, float32. {generation_protocol(study)}.",
+        CACHE_COPY,
     ]
     return Table("Generation cost", pd.DataFrame(rows), columns, notes)
 
@@ -231,6 +257,17 @@ def _of(key: str, write: Callable[[Any], str] = str) -> Callable[[pd.Series], st
 
 def _both(row: pd.Series, key: str, write: Callable[[float], str]) -> str:
     return f"{write(row[key])} / {write(row[f'reference/{key}'])}"
+
+
+def _protocol(row: pd.Series, mixed: list[str]) -> str:
+    """What readers must know of how a score was made, and all that is not the same in a table."""
+    said = {key: row.get(f"protocol/{key}", fmt.MISSING) for key in PROTOCOL_SAID}
+    parts = [write.format(said[key]) for key, write in PROTOCOL_SAID.items()]
+    if row.get("protocol/limit", fmt.MISSING) != fmt.MISSING:
+        parts.append(f"limit {row['protocol/limit']}")
+    names = [c.removeprefix("protocol/") for c in mixed]
+    parts += [f"{n} {row[f'protocol/{n}']}" for n in names if n not in (*PROTOCOL_SAID, "limit")]
+    return ", ".join(parts)
 
 
 def _plus_minus(stderr: float) -> str:

@@ -40,8 +40,10 @@ def write_run(
     data: dict[str, Any] | None = None,
     n_rows: int = 20,
     accuracy: float = 0.4,
+    about: dict[str, Any] | None = None,
 ) -> Path:
-    """One finished run with evaluation and generation cost; its last validation loss is `bpb`."""
+    """One finished run with evaluation and generation cost; its last validation loss is `bpb`.
+    `data` and `about` replace entries of the manifest's data and of the manifest."""
     family, n_layer, n_embd, total, non_embedding, planted = MODELS[model]
     bpb = planted if bpb is None else bpb
     tag = f"seed={seed}" + (f",{overrides}" if overrides else "")
@@ -54,7 +56,7 @@ def write_run(
         "name": "stdlib", "path": "data/stdlib-1a2b3c4d", "fingerprint": "f" * 16,
         "tokenizer": "bytes", "tokenizer_hash": "a" * 16, "vocab_size": 256,
         "n_train_tokens": 20_000_000, "n_val_tokens": 500_000, "n_val_bytes": 500_000,
-        "xz_bpb": 1.87,
+        "xz_bpb": 1.87, "seed": 0,
     }  # fmt: skip
     manifest = {
         "suite": suite, "model": model, "family": family, "name": f"{suite}/{model}/{tag}",
@@ -62,7 +64,7 @@ def write_run(
         "data": about_data | (data or {}),
         "parameters": {"total": total, "non_embedding": non_embedding},
         "n_layer": n_layer, "n_embd": n_embd, "ctx_len": 256, "batch_size": 16,
-        "budget_tokens": (data or {}).get("budget_tokens", TOKENS),
+        "budget_tokens": TOKENS,
         "flops_per_token": flops_per_token,
         "recipe": {"optim": "shared", "schedule": "shared"}, "precision": "32-true",
         "wkv_backend": "cpu", "versions": {"python": "3.11", "torch": "2.13", "lightning": "2.6"},
@@ -70,7 +72,7 @@ def write_run(
         "device": {"type": "cpu", "name": "Some CPU", "n_devices": 1, "n_threads": 2,
                    "peak_flops": 1e11, "peak_source": "measured"},
     }  # fmt: skip
-    write_json(run / "manifest.json", manifest)
+    write_json(run / "manifest.json", manifest | (about or {}))
     lines = [HEADER]
     for i in range(1, n_rows + 1):
         tokens = TOKENS * i // n_rows
@@ -101,16 +103,21 @@ def write_eval(
     task: str,
     metrics: dict[str, Any],
     chance: float | None = None,
-    dtype: str = "float32",
+    **protocol: Any,
 ) -> None:
-    """eval/<task>.json as lm-eval writes it, with our protocol."""
+    """eval/<task>.json as lm-eval writes it, with our protocol, of which some is replaced."""
     content = {
         "results": {task: {"alias": task, "sample_len": 500, **metrics}},
         "versions": {task: 1.0}, "n-shot": {task: 0},
         "config": {task: {"task": task, "metadata": {} if chance is None else {"chance": chance}}},
         "n-samples": {task: {"original": 500, "effective": 500}},
-        "protocol": {"prefix": "none", "dtype": dtype, "device": "cpu", "lm_eval": "0.4.13",
-                     "checkpoint": "best", "weights_sha256": "0" * 64},
+        "protocol": {
+            "lm_eval": "0.4.13", "checkpoint": "last", "weights": run.name[:6] + "0" * 10,
+            "prefix": "none", "dtype": "float32", "device": "cpu", "max_ctx": None,
+            "rolling_ctx": 256, "num_fewshot": 0, "limit": None, "gen_kwargs": None,
+            "bootstrap_iters": 1000, "seed": 0, "data": "f" * 16, "task_version": 1,
+            "n_truncated": 0, "time_s": 0.5,
+        } | protocol,
     }  # fmt: skip
     write_json(run / "eval" / f"{task}.json", content)
 
@@ -125,7 +132,7 @@ def write_generation(run: Path, family: str, width: int, total: int) -> None:
         seconds = n * (per_token * (1.1 if family == "rwkv4" else 1) + growth)
         rows.append({"n_tokens": n, "seconds": seconds, "state_bytes": state, "peak_mem_bytes": 1})
     protocol = {"batch_size": 1, "n_threads": 2, "dtype": "float32", "device": "cpu",
-                "prompt_tokens": 16, "repeats": 3}  # fmt: skip
+                "prompt_tokens": 16, "repeats": 3, "checkpoint": "last"}  # fmt: skip
     write_json(run / "bench" / "generate.json", {"protocol": protocol, "rows": rows})
 
 

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from analysis.runs import load_curves, load_generation, load_runs, load_scores
-from analysis.study import best_variants, crossing, load_study, mean_scores
+from analysis.study import (
+    NothingToShowError,
+    best_variants,
+    crossing,
+    load_study,
+    mean_generation,
+    mean_scores,
+)
+from analysis.tables import benchmark_scores
 
 planted = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted.py"))))
 
@@ -32,7 +40,12 @@ def test_every_state_of_a_run_is_told_apart(tmp_path: Path) -> None:
     (running / "result.json").unlink()
     failed = planted.write_run(tmp_path, seed=2)
     (failed / "result.json").unlink()
-    (failed / "error.txt").write_text("Traceback\n  ...\nValueError: loss is NaN at step 7\n")
+    (failed / "error.txt").write_text(
+        "loss is NaN at step 7; lower optim.peak_lr=0.003 or use 32-true\n\n"
+        "Traceback (most recent call last):\n  ...\nLossNotFinite: loss is NaN\n"
+    )
+    mended = planted.write_run(tmp_path, seed=8)
+    (mended / "error.txt").write_text("of an earlier attempt\n\nTraceback\n")
     cut = planted.write_run(tmp_path, seed=3)
     (cut / "manifest.json").write_text('{"suite": "de')
     gone = planted.write_run(tmp_path, seed=4)
@@ -50,7 +63,9 @@ def test_every_state_of_a_run_is_told_apart(tmp_path: Path) -> None:
     seen = {int(path.rsplit("=", 1)[1]): (r.status, r.reason) for path, r in runs.iterrows()}
     assert seen[0] == ("finished", "")
     assert seen[1] == ("running-or-interrupted", "no result.json; reached step 40")
-    assert seen[2] == ("failed", "ValueError: loss is NaN at step 7")
+    reason = "loss is NaN at step 7; lower optim.peak_lr=0.003 or use 32-true"
+    assert seen[2] == ("failed", reason)
+    assert seen[8] == ("finished", "")
     assert seen[3][0] == "unreadable"
     assert "manifest.json is not JSON" in seen[3][1]
     assert seen[4] == ("unreadable", "manifest.json lacks suite")
@@ -61,7 +76,7 @@ def test_every_state_of_a_run_is_told_apart(tmp_path: Path) -> None:
     assert seen[7] == ("running-or-interrupted", "no result.json, no readable metrics.csv yet")
 
     study = load_study(tmp_path / "demo")
-    assert list(study.runs["seed"]) == [0]
+    assert list(study.runs["seed"]) == [0, 8]
     assert len(study.left_out) == 7
 
 
@@ -157,19 +172,22 @@ def test_mean_scores_do_not_shrink_the_error_over_documents(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("data", "name"),
+    ("change", "name"),
     [
-        ({"fingerprint": "e" * 16}, "data fingerprint"),
-        ({"tokenizer_hash": "b" * 16}, "tokenizer"),
-        ({"budget_tokens": 2_000_000}, "token budget"),
+        ({"data": {"fingerprint": "e" * 16}}, "data fingerprint"),
+        ({"data": {"tokenizer_hash": "b" * 16}}, "tokenizer"),
+        ({"data": {"seed": 1}}, "data seed"),
+        ({"about": {"budget_tokens": 2_000_000}}, "token budget"),
+        ({"about": {"ctx_len": 512}}, "context length"),
+        ({"about": {"batch_size": 32}}, "batch size"),
     ],
 )
 def test_runs_that_differ_in_what_must_match_are_refused(
-    tmp_path: Path, data: dict, name: str
+    tmp_path: Path, change: dict, name: str
 ) -> None:
     planted.write_run(tmp_path, seed=0)
     planted.write_run(tmp_path, seed=1)
-    planted.write_run(tmp_path, model="gpt_nano", seed=0, data=data)
+    planted.write_run(tmp_path, model="gpt_nano", seed=0, **change)
     with pytest.raises(ValueError, match=f"differ in {name}") as caught:
         load_study(tmp_path / "demo")
     assert "(demo/gpt_nano/seed=0)" in str(caught.value)
@@ -177,12 +195,70 @@ def test_runs_that_differ_in_what_must_match_are_refused(
     assert len(load_study(tmp_path / "demo", allow_mixed=True).runs) == 3
 
 
-def test_scores_of_different_protocols_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dtype", "bfloat16"),
+        ("checkpoint", "best"),
+        ("rolling_ctx", 64),
+        ("limit", 20),
+        ("gen_kwargs", "{'max_gen_toks': 64}"),
+        ("seed", 3),
+        ("task_version", 2),
+    ],
+)
+def test_scores_of_different_protocols_are_refused(
+    tmp_path: Path, key: str, value: str | int
+) -> None:
     planted.write_run(tmp_path, seed=0)
     run = planted.write_run(tmp_path, seed=1)
-    planted.write_eval(run, "cloze", {"acc,none": 0.3, "acc_stderr,none": 0.01}, 0.25, "bfloat16")
-    with pytest.raises(ValueError, match="differ in dtype of cloze: bfloat16"):
+    scores = {"acc,none": 0.3, "acc_stderr,none": 0.01}
+    planted.write_eval(run, "cloze", scores, 0.25, **{key: value})
+    with pytest.raises(ValueError, match=f"differ in {key} of cloze: ") as caught:
         load_study(tmp_path / "demo")
+    assert str(value) in str(caught.value)
+    study = load_study(tmp_path / "demo", allow_mixed=True)
+    cloze = mean_scores(study.scores[study.scores["task"] == "cloze"])
+    assert sorted(cloze["score"]) == [0.3, 0.4]  # no mean over what is not alike
+    shown = benchmark_scores(study).markdown().splitlines()
+    assert any("| cloze" in line and str(value) in line for line in shown)
+
+
+@pytest.mark.parametrize("key", ["weights", "device", "max_ctx", "n_truncated", "time_s"])
+def test_what_a_score_does_not_depend_on_may_differ(tmp_path: Path, key: str) -> None:
+    planted.write_run(tmp_path, seed=0)
+    run = planted.write_run(tmp_path, seed=1)
+    planted.write_eval(run, "cloze", {"acc,none": 0.3}, 0.25, **{key: 7})
+    scores = load_study(tmp_path / "demo").scores
+    assert mean_scores(scores).set_index("task").loc["cloze", "n_runs"] == 2
+
+
+def test_a_manifest_from_before_the_data_seed_was_noted_is_read(tmp_path: Path) -> None:
+    planted.write_run(tmp_path, seed=0)
+    old = planted.write_run(tmp_path, seed=1)
+    manifest = json.loads((old / "manifest.json").read_text())
+    del manifest["data"]["seed"]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    assert len(load_study(tmp_path / "demo").runs) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("n_threads", 1), ("device", "cuda"), ("dtype", "bfloat16"), ("prompt_tokens", 1)],
+)
+def test_generation_measured_in_two_ways_is_refused(
+    tmp_path: Path, key: str, value: str | int
+) -> None:
+    planted.write_run(tmp_path, seed=0)
+    run = planted.write_run(tmp_path, seed=1)
+    file = run / "bench" / "generate.json"
+    content = json.loads(file.read_text())
+    content["protocol"] |= {key: value, "repeats": 9}
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"differ in {key} of bench/generate.json: "):
+        load_study(tmp_path / "demo")
+    with pytest.raises(NothingToShowError, match="measured in different ways"):
+        mean_generation(load_study(tmp_path / "demo", allow_mixed=True))
 
 
 def test_an_unfinished_run_of_other_data_does_not_stop_the_report(tmp_path: Path) -> None:
@@ -205,7 +281,25 @@ def test_repeats_are_seeds_only(tmp_path: Path) -> None:
         planted.write_run(tmp_path, seed=seed, bpb=2.7, overrides="optim.lr=0.002")
     kept, notes = best_variants(load_runs(tmp_path))
     assert list(kept["val/bpb"]) == [2.7, 2.7]
+    assert list(kept["n_variants"]) == [2, 2]
     assert notes == ["rwkv4_nano: best of 2 variants by val/bpb: optim.lr=0.002."]
+
+
+@pytest.mark.parametrize(
+    ("about", "name"),
+    [
+        ({"precision": "bf16-mixed"}, "bf16-mixed"),
+        ({"recipe": {"optim": "own", "schedule": "shared"}}, "own"),
+    ],
+)
+def test_runs_of_another_precision_or_recipe_are_no_repeats(
+    tmp_path: Path, about: dict, name: str
+) -> None:
+    planted.write_run(tmp_path, seed=0, bpb=2.9)
+    planted.write_run(tmp_path, seed=1, bpb=2.7, about=about)
+    kept, notes = best_variants(load_study(tmp_path / "demo").runs)
+    assert list(kept["val/bpb"]) == [2.7]
+    assert notes == [f"rwkv4_nano: best of 2 variants by val/bpb: no overrides, {name}."]
 
 
 def test_crossing_is_where_a_model_becomes_cheaper_for_good(tmp_path: Path) -> None:

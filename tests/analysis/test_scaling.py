@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from analysis.runs import CONDITIONS
 from analysis.scaling import fit_power_law, matched_pairs, seed_gap
 
 SIZES = np.array([3e4, 1e5, 3e5, 1e6, 3e6, 1e7, 3e7])
@@ -96,6 +97,8 @@ def runs_frame(*rows: tuple[str, str, float, int, float]) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=["family", "model", "parameters/total", "seed", "val/bpb"])
     frame["parameters/non_embedding"] = frame["parameters/total"] * 0.9
     frame["flops_per_token"] = frame["parameters/total"] * 6
+    frame["n_variants"] = 1
+    frame[CONDITIONS] = ["shared", "shared", "32-true"]
     return frame
 
 
@@ -128,6 +131,36 @@ def test_pairs_are_the_nearest_sizes_and_none_beyond_ten_per_cent() -> None:
     assert pair["gap"] == pytest.approx(0.1)
     assert np.isnan(pair["gap_low"])
     assert pair["note"] == "one seed: no interval"
+
+
+def test_a_pair_is_one_of_total_parameters() -> None:
+    """Equal in the other measures only: 20 % apart in total is no match."""
+    runs = runs_frame(("rwkv4", "rwkv4_a", 1.0e6, 0, 2.2), ("gpt", "gpt_a", 1.2e6, 0, 2.3))
+    runs[["parameters/non_embedding", "flops_per_token"]] = 9e5
+    assert matched_pairs(runs, "val/bpb").empty
+
+
+@pytest.mark.parametrize(
+    ("condition", "note"),
+    [
+        ("precision", "not alike in precision (32-true / bf16-mixed): no interval"),
+        ("recipe/optim", "not alike in optim (shared / bf16-mixed): no interval"),
+    ],
+)
+def test_runs_trained_differently_are_no_pairs(condition: str, note: str) -> None:
+    rows = [
+        (family, f"{family}_a", 1.0e6, seed, loss + 0.1 * seed)
+        for family, loss in (("rwkv4", 2.2), ("gpt", 2.3))
+        for seed in (0, 1, 2)
+    ]
+    runs = runs_frame(*rows)
+    (alike,) = matched_pairs(runs, "val/bpb").to_dict("records")
+    assert np.isfinite(alike["gap_low"])
+    runs.loc[runs["family"] == "gpt", condition] = "bf16-mixed"
+    (pair,) = matched_pairs(runs, "val/bpb").to_dict("records")
+    assert pair["gap"] == pytest.approx(-0.1)
+    assert np.isnan([pair["gap_low"], pair["gap_high"]]).all()
+    assert pair["note"] == note
 
 
 def test_gap_without_a_common_seed_has_no_interval() -> None:
