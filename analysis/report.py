@@ -103,14 +103,21 @@ def _target(name: str, target: str) -> Callable[..., Any]:
 
 
 def _swap(new: Path, place: Path) -> None:
-    """Put `new` where `place` is; a reader sees the old report or the new one."""
+    """Put `new` where `place` is. Between two renames there is neither; if the second fails, the
+    old report comes back."""
     if not place.exists():
         new.rename(place)
         return
-    old = Path(tempfile.mkdtemp(dir=place.parent, prefix=".report-old-"))
-    place.rename(old / "report")
-    new.rename(place)
-    shutil.rmtree(old)
+    aside = Path(tempfile.mkdtemp(dir=place.parent, prefix=".report-old-"))
+    try:
+        place.rename(aside / "report")
+        try:
+            new.rename(place)
+        except BaseException:
+            (aside / "report").rename(place)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _one_line(error: BaseException) -> str:

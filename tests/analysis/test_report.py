@@ -69,6 +69,9 @@ def test_numbers_are_the_planted_ones(built: tuple[Path, str]) -> None:
     scores = pd.read_csv(folder / "benchmark_scores.csv").set_index(["task", "model"])
     assert scores.loc[("bits_per_byte", "gpt_micro"), "score"] == pytest.approx(2.47)
     assert scores.loc[("cloze", "gpt_micro"), "chance"] == 0.25
+    assert scores.loc[("cloze", "gpt_micro"), "weights"] == "seed=000 seed=100"
+    assert scores.loc[("cloze", "gpt_micro"), "protocol/checkpoint"] == "last"
+    assert "0-shot, last checkpoint, float32" in text
     cost = pd.read_csv(folder / "generation_cost.csv").set_index("model")
     assert cost.loc["gpt_nano", "state_bytes@2048"] == 2 * 3 * 64 * 4 * 2048
     assert cost.loc["rwkv4_nano", "state_bytes@64"] == 5 * 3 * 64 * 4
@@ -121,6 +124,43 @@ def test_a_failed_report_leaves_the_old_one(
         report.build("demo", folder.parent.parent, CONTENTS, allow_mixed=False)
     assert (folder / "index.html").read_bytes() == before
     assert not list(folder.parent.glob(".report*"))
+
+
+def test_a_report_that_cannot_take_its_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted.write_run(tmp_path)
+    contents = {"runs": "analysis.tables.runs_overview"}
+    index, _ = report.build("demo", tmp_path, contents, allow_mixed=False)
+    index.write_text("old")
+    rename = Path.rename
+
+    def refuse_new(path: Path, target: Path) -> Path:
+        if path.name.startswith(".report-"):
+            raise OSError("Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_new)
+    with pytest.raises(OSError, match="Input/output"):
+        report.build("demo", tmp_path, contents, allow_mixed=False)
+    assert index.read_text() == "old"
+    assert not list(index.parent.parent.glob(".report*"))
+
+
+def test_numbers_of_variants_stand_beside_the_gap(tmp_path: Path) -> None:
+    for rate in ("0.001", "0.002", "0.003"):
+        planted.write_run(tmp_path, model="rwkv4_nano", overrides=f"optim.peak_lr={rate}")
+    planted.write_run(tmp_path, model="gpt_nano")
+    contents = {"matched_pairs": "analysis.tables.matched_pairs"}
+    index, text = report.build("demo", tmp_path, contents, allow_mixed=False)
+    heads, _, row = (line.split("|") for line in text.splitlines() if line.startswith("|"))
+    assert (
+        dict(zip(map(str.strip, heads), map(str.strip, row), strict=True))["variants tried"]
+        == "3 / 1"
+    )
+    assert "favours the side with more" in text
+    pair = pd.read_csv(index.with_name("matched_pairs.csv")).iloc[0]
+    assert (pair["n_variants"], pair["reference/n_variants"]) == (3, 1)
 
 
 def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
