@@ -8,10 +8,12 @@ import lightning.pytorch as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.language_model import LanguageModel
 
 IGNORE = -100  # targets that do not count
+CHUNK = 256  # positions whose logits loss=chunked holds at once: 50 MB at a vocabulary of 50k
 
 
 def cross_entropy(
@@ -32,22 +34,21 @@ def cross_entropy(
         logits = head(x)
         nats = F.cross_entropy(logits.float(), targets, reduction=reduction, ignore_index=IGNORE)
         return nats, logits
-    # Operands in float32 also under autocast: the op adds up in, and returns, their dtype, and a
-    # bfloat16 sum of losses was off by up to 1 %.
-    nats = F.linear_cross_entropy(
-        x.float(),
-        head.weight.float(),
-        targets,
-        reduction=reduction,
-        ignore_index=IGNORE,
-        options=nn.LinearCrossEntropyOptions(),
-    )
-    return nats, None
+
+    def part(x: Tensor, targets: Tensor) -> Tensor:
+        logits = head(x).float()
+        return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE)
+
+    # each chunk's logits are made again in the backward pass
+    parts = [
+        checkpoint(part, *pair, use_reentrant=False)
+        for pair in zip(x.split(CHUNK), targets.split(CHUNK), strict=True)
+    ]
+    nats = torch.stack(parts).sum()
+    return nats if reduction == "sum" else nats / (targets != IGNORE).sum(), None
 
 
-def max_logit_penalty(
-    x: Tensor, head: nn.Linear, logits: Tensor | None, chunk: int = 1024
-) -> Tensor:
+def max_logit_penalty(x: Tensor, head: nn.Linear, logits: Tensor | None) -> Tensor:
     """Mean over positions of the squared largest logit, whose gradient reaches that logit alone.
 
     RWKV-4's trainer adds ``z_max * 1e-4 / (B*T)`` to the gradient of each position's largest logit;
@@ -56,13 +57,13 @@ def max_logit_penalty(
 
     Args:
         x: (B, T, C) features.
-        logits: (B*T, V), or None: then found again, ``chunk`` positions at a time.
+        logits: (B*T, V), or None: then found again, in chunks.
     """
     if logits is not None:
         return logits.max(-1).values.float().square().mean()  # of equal ones, one gets it all
     x = x.flatten(0, 1)
     with torch.no_grad():
-        largest = torch.cat([head(part).argmax(-1) for part in x.split(chunk)])  # (B*T,)
+        largest = torch.cat([head(part).argmax(-1) for part in x.split(CHUNK)])  # (B*T,)
     z_max = (x.float() * head.weight[largest].float()).sum(-1)
     return z_max.square().mean()
 

@@ -10,8 +10,8 @@ from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
+from experiments.config import check_targets, flatten, plain
 from experiments.entry import CONF_DIR
-from experiments.run_dir import check_targets, flatten, plain
 
 GROUPS = ("model", "data", "optim", "schedule", "trainer", "logger", "experiment", "debug")
 
@@ -53,6 +53,23 @@ def test_every_choice_composes(group: str, name: str) -> None:
         signature = inspect.signature(get_object(node["_target_"]))
         bind = signature.bind_partial if node.get("_partial_") else signature.bind
         bind(**{k: v for k, v in node.items() if not k.startswith("_")})
+
+
+SIZES = sorted({name.partition("_")[2] for name in choices("model") if name.startswith("rwkv4")})
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_shared_recipe_is_the_same_for_both_families(size: str) -> None:
+    rwkv, gpt = (plain(composed(f"model={family}_{size}")) for family in ("rwkv4", "gpt"))
+    for key in ("optim", "schedule", "batch_size", "ctx_len", "budget_tokens", "precision"):
+        assert rwkv[key] == gpt[key]
+
+
+def test_the_constant_phase_is_that_of_the_papers_table() -> None:
+    mini_epochs = {"169m": 361, "430m": 411, "1b5": 443, "3b": 451, "7b": 465, "14b": 544}
+    for size, n in mini_epochs.items():
+        schedule = plain(composed(f"model=rwkv4_{size}", "schedule=own"))["schedule"]
+        assert schedule["function"]["constant_fraction"] == pytest.approx(n / 8043, abs=5e-5)
 
 
 def test_every_recipe_is_for_every_family() -> None:
