@@ -161,16 +161,12 @@ def training_throughput(study: Study) -> Plot:
     if runs.empty:
         raise NothingToShowError("no run recorded perf/tokens_per_s")
     title = f"{_names(runs)}: training throughput"
-    columns = [c for c in ("device/name", "device/n_threads", "precision") if c in runs]
-    devices = runs[columns].drop_duplicates()
-    about = "median over runs, bars: range"
-    if len(devices) == 1:
-        name, threads, precision = devices.reindex(
-            columns=["device/name", "device/n_threads", "precision"]
-        ).iloc[0]
-        about += f" · {fmt.text(name)}, {fmt.text(threads)} threads, {fmt.text(precision)}"
+    machine = runs.reindex(columns=["device/name", "device/n_threads", "precision"])
+    way = machine.agg(lambda r: "{}, {} threads, {}".format(*map(fmt.text, r)), axis=1)
+    ways = list(way.unique())  # of training: a speed is of one alone
+    about = "median over runs, bars: range" + (f" · {ways[0]}" if len(ways) == 1 else "")
     figure, (axes,) = style.new_figure(title, about, width=7.2)
-    for family, group in groups(runs, "family"):
+    for (family, how), group in groups(runs.assign(way=way), "family", "way"):
         speed = group.groupby("parameters/total")["perf/tokens_per_s"].agg(["median", "min", "max"])
         spread = [speed["median"] - speed["min"], speed["max"] - speed["median"]]
         axes.errorbar(
@@ -180,9 +176,10 @@ def training_throughput(study: Study) -> Plot:
             color=fmt.family_color(family),
             marker=style.marker(family),
             mec="white",
+            ls=("-", "--", ":", "-.")[ways.index(how) % 4],
             capsize=2.5,
             elinewidth=1.2,
-            label=fmt.family_name(family),
+            label=fmt.family_name(family) + (f", {how}" if len(ways) > 1 else ""),
         )
     style.log_axis(axes, "x", *style.margins(runs["parameters/total"], 0.08), fmt.short)
     style.log_axis(axes, "y", *style.margins(runs["perf/tokens_per_s"], 0.08), fmt.short)

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 ALLOWED = "analysis."
+PIXELS_PER_INCH = 116  # on the page, so that text is of one size in all figures
 
 
 def build(
@@ -70,6 +71,7 @@ def _write(folder: Path, suite: str, study: Any, functions: dict[str, Callable[.
             item.figure.savefig(image, format="png", dpi=DPI)
             (folder / f"{name}.png").write_bytes(image.getvalue())
             section["image"] = base64.b64encode(image.getvalue()).decode()
+            section["width"] = round(PIXELS_PER_INCH * item.figure.get_figwidth())
         else:
             (folder / f"{name}.csv").write_text(item.frame.to_csv(index=False))
             (folder / f"{name}.md").write_text(item.markdown())

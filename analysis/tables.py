@@ -33,11 +33,14 @@ LAST_STEP = "Losses are those of the last step, at the end of the token budget."
 PROTOCOL_SAID = {
     "n_shot": "{}-shot",
     "checkpoint": "{} checkpoint",
+    "version": "v{}",
     "dtype": "{}",
     "prefix": "prefix {}",
-    "version": "v{}",
+    "rolling_ctx": "window {}",
+    "limit": "limit {}",
     "lm_eval": "lm-eval {}",
 }
+PROTOCOL_OF_A_ROW = ("n_shot", "checkpoint", "version")
 
 
 def runs_overview(study: Study) -> Table:
@@ -58,6 +61,11 @@ def runs_overview(study: Study) -> Table:
         ("MFU", _of("perf/mfu", fmt.percent)),
         ("peak memory", _of("perf/peak_mem_bytes", fmt.size_bytes)),
         ("time", _of("time_s", fmt.seconds)),
+        *(
+            (key.replace("recipe/", ""), _of(key, fmt.text))
+            for key in CONDITIONS
+            if study.runs[key].nunique(dropna=False) > 1
+        ),
     ]
     keep = ["run", "model", "family", "variant", "seed", *SIZES, "tokens", "flops"]
     keep += ["val/loss", "val/bpb", *SPEED, "time_s", *CONDITIONS]
@@ -149,25 +157,26 @@ def benchmark_scores(study: Study) -> Table:
         raise NothingToShowError("no run has eval/*.json; run experiments.evaluate first")
     kept, notes = best_variants(study.runs)
     frame = mean_scores(study.scores[study.scores["run"].isin(kept["run"])])
-    by_metric = frame.groupby(["task", "metric"])
-    mixed = [c for c in protocol_columns(frame) if (by_metric[c].nunique() > 1).any()]
+    frame["protocol"], shared = _protocols(frame)
     columns: list[Column] = [
         ("task", _of("task")),
-        ("metric", _of("metric")),
+        ("metric", lambda r: r["metric"].removesuffix(",none")),
         ("model", _of("model")),
         ("parameters", _of("parameters/total", fmt.short)),
         ("score ± s.e.", lambda r: f"{r['score']:.4f}" + _plus_minus(r["stderr"])),
-        ("s.d. over seeds", _of("seed_sd", lambda x: fmt.fixed(x, 4))),
+        ("s.d. of seeds", _of("seed_sd", lambda x: fmt.fixed(x, 4))),
         ("seeds", lambda r: str(r["n_runs"])),
         ("chance", _of("chance", lambda x: fmt.fixed(x, 2))),
-        ("documents", lambda r: f"{r['n_documents']:.0f}" if r["n_documents"] > 0 else fmt.MISSING),
-        ("protocol", lambda r: _protocol(r, mixed)),
+        ("docs", lambda r: f"{r['n_documents']:.0f}" if r["n_documents"] > 0 else fmt.MISSING),
+        ("protocol", _of("protocol")),
     ]
     notes.append(
         "Score: mean over seeds; s.e.: over documents, of one run. All seeds see the same "
         "documents, so more seeds do not shrink it. The figure draws the first metric of a task. "
         "Scores are of the checkpoint named under protocol; tables of losses are of the last step."
     )
+    if shared:
+        notes.append(f"All rows: {shared}.")
     return Table("Zero-shot benchmarks", frame, columns, notes)
 
 
@@ -237,7 +246,7 @@ def generation_cost(study: Study) -> Table:
     ]
     notes = [
         "Cumulative seconds for generating that many tokens (median over repeats and runs); state: "
-        f"bytes of recurrent state or KV cache, computed, float32. {generation_protocol(study)}.",
+        f"bytes of recurrent state or KV cache, computed, float32. Measured with {generation_protocol(study)}.",
         CACHE_COPY,
     ]
     return Table("Generation cost", pd.DataFrame(rows), columns, notes)
@@ -259,15 +268,22 @@ def _both(row: pd.Series, key: str, write: Callable[[float], str]) -> str:
     return f"{write(row[key])} / {write(row[f'reference/{key}'])}"
 
 
-def _protocol(row: pd.Series, mixed: list[str]) -> str:
-    """What readers must know of how a score was made, and all that is not the same in a table."""
-    said = {key: row.get(f"protocol/{key}", fmt.MISSING) for key in PROTOCOL_SAID}
-    parts = [write.format(said[key]) for key, write in PROTOCOL_SAID.items()]
-    if row.get("protocol/limit", fmt.MISSING) != fmt.MISSING:
-        parts.append(f"limit {row['protocol/limit']}")
-    names = [c.removeprefix("protocol/") for c in mixed]
-    parts += [f"{n} {row[f'protocol/{n}']}" for n in names if n not in (*PROTOCOL_SAID, "limit")]
-    return ", ".join(parts)
+def _protocols(frame: pd.DataFrame) -> tuple[list[str], str]:
+    """How each row was scored, and what all rows share besides, in words."""
+    columns = {c.removeprefix("protocol/"): frame[c] for c in protocol_columns(frame)}
+    by_metric = frame.groupby(["task", "metric"])
+    mixed = [k for k in columns if (by_metric[f"protocol/{k}"].nunique() > 1).any()]
+    told = PROTOCOL_SAID | {k: f"{k} {{}}" for k in mixed if k not in PROTOCOL_SAID}
+    own, shared = [], []
+    for key, write in told.items():
+        if key not in columns:
+            continue
+        texts = columns[key].map(lambda value, write=write: write.format(value))
+        if key in PROTOCOL_OF_A_ROW or texts.nunique() > 1:
+            own.append(texts)
+        elif columns[key].iloc[0] != fmt.MISSING:
+            shared.append(texts.iloc[0])
+    return [", ".join(row) for row in zip(*own, strict=True)], ", ".join(shared)
 
 
 def _plus_minus(stderr: float) -> str:

@@ -14,7 +14,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from analysis import formats as fmt
-from analysis import report, style
+from analysis import plots, report, style, tables
+from analysis.study import load_study
 
 planted = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted.py"))))
 CONTENTS = dict(OmegaConf.load(report.CONF / "report" / "default.yaml").contents)
@@ -71,7 +72,8 @@ def test_numbers_are_the_planted_ones(built: tuple[Path, str]) -> None:
     assert scores.loc[("cloze", "gpt_micro"), "chance"] == 0.25
     assert scores.loc[("cloze", "gpt_micro"), "weights"] == "seed=000 seed=100"
     assert scores.loc[("cloze", "gpt_micro"), "protocol/checkpoint"] == "last"
-    assert "0-shot, last checkpoint, float32" in text
+    assert "| 0-shot, last checkpoint, v1.0" in text
+    assert "All rows: float32, prefix none, window 256, lm-eval 0.4.13." in text
     cost = pd.read_csv(folder / "generation_cost.csv").set_index("model")
     assert cost.loc["gpt_nano", "state_bytes@2048"] == 2 * 3 * 64 * 4 * 2048
     assert cost.loc["rwkv4_nano", "state_bytes@64"] == 5 * 3 * 64 * 4
@@ -145,6 +147,19 @@ def test_a_report_that_cannot_take_its_place_leaves_the_old_one(
         report.build("demo", tmp_path, contents, allow_mixed=False)
     assert index.read_text() == "old"
     assert not list(index.parent.parent.glob(".report*"))
+
+
+def test_speeds_of_two_precisions_are_two_lines(tmp_path: Path) -> None:
+    planted.write_run(tmp_path, seed=0)
+    planted.write_run(tmp_path, seed=1)
+    planted.write_run(tmp_path, seed=2, about={"precision": "bf16-mixed"})
+    study = load_study(tmp_path / "demo")
+    assert tables.runs_overview(study).texts()[0][-1] == "precision"
+    (axes,) = plots.training_throughput(study).figure.axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "RWKV-4, Some CPU, 2 threads, 32-true",
+        "RWKV-4, Some CPU, 2 threads, bf16-mixed",
+    ]
 
 
 def test_numbers_of_variants_stand_beside_the_gap(tmp_path: Path) -> None:
