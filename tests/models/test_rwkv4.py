@@ -109,6 +109,15 @@ def test_squared_relu() -> None:
     assert torch.autograd.gradcheck(SquaredReLU.apply, (x,))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_squared_relu_is_right_to_a_rounding(dtype: torch.dtype) -> None:
+    """It comes from the root of the result, which gives the positive part back."""
+    x = torch.randn(10_000).to(dtype).requires_grad_()
+    SquaredReLU.apply(x).sum().backward()
+    exact = 2 * torch.relu(x.detach())
+    torch.testing.assert_close(x.grad, exact, rtol=torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize("name", ["vocab_size", "n_layer", "n_embd", "ctx_len", "n_ffn"])
 def test_impossible_sizes_are_refused(name: str) -> None:
     sizes = {"vocab_size": 9, "n_layer": 1, "n_embd": 8, "ctx_len": 8, "n_ffn": 16}
