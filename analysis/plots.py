@@ -162,8 +162,9 @@ def training_throughput(study: Study) -> Plot:
         raise NothingToShowError("no run recorded perf/tokens_per_s")
     title = f"{_names(runs)}: training throughput"
     machine = runs.reindex(columns=["device/name", "device/n_threads", "precision"])
-    way = machine.agg(lambda r: "{}, {} threads, {}".format(*map(fmt.text, r)), axis=1)
-    ways = list(way.unique())  # of training: a speed is of one alone
+    # a speed is of one way of training alone
+    way = ["{}, {} threads, {}".format(*map(fmt.text, row)) for row in machine.to_numpy()]
+    ways = list(dict.fromkeys(way))
     about = "median over runs, bars: range" + (f" · {ways[0]}" if len(ways) == 1 else "")
     figure, (axes,) = style.new_figure(title, about, width=7.2)
     for (family, how), group in groups(runs.assign(way=way), "family", "way"):

@@ -246,7 +246,8 @@ def generation_cost(study: Study) -> Table:
     ]
     notes = [
         "Cumulative seconds for generating that many tokens (median over repeats and runs); state: "
-        f"bytes of recurrent state or KV cache, computed, float32. Measured with {generation_protocol(study)}.",
+        "bytes of recurrent state or KV cache, computed, float32.",
+        f"Measured with {generation_protocol(study)}.",
         CACHE_COPY,
     ]
     return Table("Generation cost", pd.DataFrame(rows), columns, notes)

@@ -23,7 +23,7 @@ from experiments.bench_measure import Report, bar, check_counts, interleaved, pa
 from experiments.data.prepare import prepare
 from experiments.data.token_data import TokenData, TokenDataModule
 from experiments.fit import build, quiet_lightning
-from experiments.lit_lm import LitLM, cross_entropy, max_logit_penalty
+from experiments.lit_lm import LitLM
 from experiments.run_dir import RunDir
 from models.language_model import LanguageModel
 
@@ -121,19 +121,17 @@ class Loops:
         self, module: LitLM, optimizer: torch.optim.Optimizer
     ) -> Callable[[Tensor, Tensor], None]:
         """The maths of one step, as the module does it."""
-        model, mixed = self.model, self.run.config.precision != "32-true"
+        mixed = self.run.config.precision != "32-true"
         limit = module.grad_clip or math.inf
 
         def step(ids: Tensor, targets: Tensor) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-                x, _ = model.features(ids)
-                nats = cross_entropy(x, model.head, targets, module.loss)
-                if module.penalty:
-                    nats = nats + module.penalty * max_logit_penalty(x, model.head)
+                nats = module.training_step((ids, targets), 0)  # Lightning has no part in it
             optimizer.zero_grad()
             nats.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), limit)
+            nn.utils.clip_grad_norm_(module.model.parameters(), limit)
             optimizer.step()
+            module.micro_losses.clear()
 
         return step
 

@@ -23,7 +23,6 @@ from experiments.bench_measure import (
     peak_memory,
 )
 from experiments.lit_lm import cross_entropy
-from experiments.manifest import PRECISIONS
 from experiments.optim import make_optimizer
 from models.gpt import GPT
 from models.language_model import LanguageModel, count_parameters
@@ -122,11 +121,12 @@ def matmul_share(
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """FLOP/s of the models' matrix products over what the machine does on plain ones."""
     wanted = {"32-true": 0.6, "bf16-mixed": 0.4}
+    dtypes = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
     candidates: dict[str, Callable[[], Any]] = {}
     flops: dict[str, int] = {}
     for precision in wanted:
         for n in MATMUL_SIZES:
-            a = torch.randn(n, n).to(PRECISIONS[precision])
+            a = torch.randn(n, n).to(dtypes[precision])
             candidates[f"{precision}/{n}"] = partial(torch.mm, a, a)
             flops[f"{precision}/{n}"] = 2 * n**3
         for kind in ("rwkv4", "gpt"):
@@ -174,7 +174,7 @@ def build_model(
         ours = RWKV4(vocab_size, n_layer, n_embd, ctx_len) if kind == "rwkv4" else GPT(**matched)
         return ours, lambda ids, targets: cross_entropy(
             ours.features(ids)[0], ours.head, targets, "full"
-        )
+        )[0]
     theirs = hugging_face(kind, matched, rwkv4.n_ffn)
     return theirs, lambda ids, targets: F.cross_entropy(
         theirs(ids, use_cache=False).logits.flatten(0, 1).float(), targets.flatten()
@@ -217,7 +217,7 @@ def training_step(kind: str, precision: str, batch_size: int, **sizes: int) -> C
     mixed = precision != "32-true"
 
     def step() -> None:
-        with torch.autocast("cpu", PRECISIONS[precision], enabled=mixed):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             nats = loss(ids, targets)
         optimizer.zero_grad(set_to_none=True)
         nats.backward()

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from experiments.config import plain
 from experiments.entry import RunFailed, entry, one_line
-from experiments.run_dir import RunDir, find_runs, load_model, plain, write_json
+from experiments.run_dir import RunDir, find_runs, load_model, write_json
 from experiments.scores import held_out, read_scored, result_file, weights_hash
 
 if TYPE_CHECKING:
