@@ -17,7 +17,7 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/python -m experiments.train experiment=demo
 	$(BIN)/python -m experiments.evaluate suite=demo
-	$(BIN)/python -m experiments.benchmark bench=generate suite=demo
+	$(BIN)/python -m experiments.benchmark bench=generate suite=demo n_threads=1
 	$(BIN)/python -m analysis.report suite=demo
 
 # The quick tests first, then the slow ones (those that start processes).
