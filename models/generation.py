@@ -89,7 +89,8 @@ def generate(
             if token == eot_id:
                 continue
             new[row].append(token)
-            if len(new[row]) < max_new_tokens and not (stop is not None and stop(row, new[row])):
+            stopped = stop is not None and stop(row, new[row])
+            if not stopped and len(new[row]) < max_new_tokens:
                 kept.append(place)
         if not kept:
             return new

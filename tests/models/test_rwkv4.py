@@ -5,8 +5,9 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from models.rwkv4 import RWKV4, SquaredReLU, TokenShift
+from models.rwkv4 import RWKV4, ShiftLinear, SquaredReLU
 
 V, L, C = 300, 3, 48
 
@@ -92,15 +93,38 @@ def test_runs_past_its_trained_context(model: RWKV4) -> None:
 
 
 @pytest.mark.parametrize("T", [1, 2, 5])
-def test_token_shift(T: int) -> None:
+def test_shift_linear(T: int) -> None:
     x = torch.randn(2, T, 3, dtype=torch.float64, requires_grad=True)
     previous = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     mixes = [torch.randn(1, 1, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    for mix, mixed in zip(mixes, TokenShift.apply(x, previous, *mixes), strict=True):
+    weights = [torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (3, 5)]
+    outs = ShiftLinear.apply(x, previous, 2, *mixes, *weights)
+    for mix, weight, out in zip(mixes, weights, outs, strict=True):
         for t in range(T):
             before = x[:, t - 1] if t else previous
-            torch.testing.assert_close(mixed[:, t], mix[0] * x[:, t] + (1 - mix[0]) * before)
-    assert torch.autograd.gradcheck(TokenShift.apply, (x, previous, *mixes))
+            mixed = mix[0] * x[:, t] + (1 - mix[0]) * before
+            torch.testing.assert_close(out[:, t], mixed @ weight.T)
+    assert torch.autograd.gradcheck(ShiftLinear.apply, (x, previous, 2, *mixes, *weights))
+
+
+def test_shift_linear_under_autocast_is_autograds_own() -> None:
+    """bfloat16 matrix products, gradients in float32: what autocast does to lerp and linear."""
+    x, previous = torch.randn(2, 9, 8), torch.zeros(2, 8)
+    mix, weight = torch.rand(1, 1, 8), torch.randn(5, 8)
+    grads = []
+    for fused in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (x, mix, weight)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if fused:
+                (y,) = ShiftLinear.apply(leaves[0], previous, 1, *leaves[1:])
+            else:
+                before = torch.cat([previous.unsqueeze(1), leaves[0][:, :-1]], dim=1)
+                y = F.linear(torch.lerp(before, leaves[0], leaves[1]), leaves[2])
+        assert y.dtype == torch.bfloat16
+        grads.append(torch.autograd.grad(y.float().square().sum(), leaves))
+    for ours, autograds in zip(*grads, strict=True):
+        assert ours.dtype == autograds.dtype
+        torch.testing.assert_close(ours, autograds, rtol=2e-2, atol=2e-1)
 
 
 def test_squared_relu() -> None:
