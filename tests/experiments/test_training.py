@@ -337,10 +337,9 @@ def test_other_loggers_get_the_same_rows(freeze: Callable[..., RunDir]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
-@pytest.mark.parametrize("model", FAMILIES)
-def test_compiled_in_place_trains_alike(freeze: Callable[..., RunDir], model: str) -> None:
-    plain = freeze(f"model={model}", "model.net.n_layer=1", runs="plain")
-    compiled = freeze(f"model={model}", "model.net.n_layer=1", "compile=true", runs="compiled")
+def test_compiled_in_place_trains_alike(freeze: Callable[..., RunDir]) -> None:
+    plain = freeze("model=rwkv4_nano", "model.net.n_layer=1", runs="plain")
+    compiled = freeze("model=rwkv4_nano", "model.net.n_layer=1", "compile=true", runs="compiled")
     fit(plain)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
