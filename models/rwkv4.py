@@ -76,6 +76,30 @@ def shifted(x: Tensor, previous: Tensor) -> Tensor:
     return torch.cat([previous.unsqueeze(1), x[:, :-1]], dim=1)
 
 
+class GatedLinear(torch.autograd.Function):
+    """W (sigmoid(gate) y): keeps gate and y, and makes the gated product again for W's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """gate and y (B, T, C), weight (out, C) -> (B, T, out)."""
+        ctx.save_for_backward(gate, y, weight)
+        out = F.linear(torch.sigmoid(gate) * y, weight)
+        ctx.dtype = out.dtype  # autocast's, where it is on
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of gate, y and weight."""
+        gate, y, weight = ctx.saved_tensors
+        opening = torch.sigmoid(gate)
+        rows = grad.flatten(0, 1).to(ctx.dtype)  # (B T, out)
+        gated = (opening * y).flatten(0, 1).to(ctx.dtype)
+        of_weight = (rows.T @ gated).to(weight.dtype)
+        of_gated = (rows @ weight.to(ctx.dtype)).view_as(y)
+        of_gate = of_gated * y * opening * (1 - opening)
+        return of_gate.to(gate.dtype), (of_gated * opening).to(y.dtype), of_weight
+
+
 class SquaredReLU(torch.autograd.Function):
     """max(x, 0)^2, saving nothing but its result: F is the model's widest, and the next matrix
     product saves that anyway. The root of a square is right to the last bit or next to it.
@@ -133,7 +157,7 @@ class TimeMix(nn.Module):
         wide = torch.promote_types(k.dtype, torch.float32)  # the op's arithmetic, never below
         w = -torch.exp(self.time_decay.to(wide))
         y, state = wkv(w, self.time_first.to(wide), k, v, state, self.wkv_backend)
-        return self.output(torch.sigmoid(r) * y), state
+        return GatedLinear.apply(r, y, self.output.weight), state
 
 
 class ChannelMix(nn.Module):

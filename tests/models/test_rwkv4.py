@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.rwkv4 import RWKV4, ShiftLinear, SquaredReLU
+from models.rwkv4 import RWKV4, GatedLinear, ShiftLinear, SquaredReLU
 
 V, L, C = 300, 3, 48
 
@@ -125,6 +125,24 @@ def test_shift_linear_under_autocast_is_autograds_own() -> None:
     for ours, autograds in zip(*grads, strict=True):
         assert ours.dtype == autograds.dtype
         torch.testing.assert_close(ours, autograds, rtol=2e-2, atol=2e-1)
+
+
+def test_gated_linear() -> None:
+    gate, y = (torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    out = GatedLinear.apply(gate, y, weight)
+    torch.testing.assert_close(out, F.linear(gate.sigmoid() * y, weight))
+    assert torch.autograd.gradcheck(GatedLinear.apply, (gate, y, weight))
+    leaves = [t.detach().float().requires_grad_() for t in (gate, y, weight)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = GatedLinear.apply(*leaves)
+    assert low.dtype == torch.bfloat16
+    exact = torch.autograd.grad(out.square().sum(), (gate, y, weight))
+    for ours, true in zip(
+        torch.autograd.grad(low.float().square().sum(), leaves), exact, strict=True
+    ):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), true, rtol=5e-2, atol=2e-1)
 
 
 def test_squared_relu() -> None:
