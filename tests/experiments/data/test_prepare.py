@@ -251,6 +251,11 @@ def start(folder: Path, *arguments: str, **options: Any) -> subprocess.Popen[str
     )
 
 
+def hear_interrupts() -> None:
+    """A process started in the background by a shell ignores SIGINT, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def wait_until_started(folder: Path, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
     while not (folder / "started").exists():
@@ -260,7 +265,7 @@ def wait_until_started(folder: Path, process: subprocess.Popen[str]) -> None:
 
 
 def test_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
-    process = start(tmp_path, "Endless")
+    process = start(tmp_path, "Endless", preexec_fn=hear_interrupts)
     wait_until_started(tmp_path, process)
     assert len(visible(tmp_path / "data")) == 1
     process.send_signal(signal.SIGINT)
