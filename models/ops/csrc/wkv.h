@@ -108,6 +108,17 @@ WKV_FN S forward_step(State<S>& s, S w, S u, S k, S v) {
   return y;
 }
 
+// The state after `older` and then n steps that on their own, from an empty state, lead to `newer`.
+template <typename S>
+WKV_FN State<S> join(const State<S>& older, const State<S>& newer, S w, S n) {
+  const S age = older.age + n;
+  const S aged = age * w + older.top, now = exponent(newer, w);
+  const Weights<S> x = weigh(aged, now);
+  const bool renewed = now > aged;
+  return {x.past * older.num + x.now * newer.num, x.past * older.den + x.now * newer.den,
+          renewed ? newer.top : older.top, renewed ? newer.age : age};
+}
+
 // Gradients with respect to a state's num, den and p. The scale p is a maximum, whose gradient
 // belongs to the key that dominates: `p` waits here until the backward pass meets that key.
 template <typename S>
@@ -126,6 +137,27 @@ WKV_FN Adjoint<S> enter(const State<S>& last, S g_num, S g_den, S g_p) {
 template <typename S>
 WKV_FN S leave(const State<S>& first, const Adjoint<S>& g) {
   return g.p + g.num * first.num + g.den * first.den;
+}
+
+// How adjoints pass n steps backwards: num and den by a factor, p or not at all. What the steps add
+// on their own is what backward_step leaves of an adjoint of zero.
+template <typename S>
+struct Passage {
+  S scale, keep;
+};
+
+// `before` and `after` are the states around the n steps.
+template <typename S>
+WKV_FN Passage<S> passage(const State<S>& before, const State<S>& after, S w, S n) {
+  const S aged = (before.age + n) * w + before.top;
+  const S scale = exp_nonpositive(-magnitude(exponent(after, w) - aged));
+  const bool renewed = after.age < n;  // a key of these steps dominates since
+  return {renewed ? scale : S(1), renewed ? S(0) : S(1)};
+}
+
+template <typename S>
+WKV_FN Adjoint<S> join(const Adjoint<S>& own, const Passage<S>& x, const Adjoint<S>& after) {
+  return {own.num + x.scale * after.num, own.den + x.scale * after.den, own.p + x.keep * after.p};
 }
 
 template <typename S>

@@ -4,78 +4,28 @@
 // into vector code, and threads take tiles. All arrays are contiguous.
 #include <atomic>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
 
-#include "wkv.h"
+#include "wkv_scalar.h"
 
 namespace {
 
 using wkv::Adjoint;
+using wkv::BFloat16;
+using wkv::Half;
+using wkv::Scalar;
 using wkv::State;
 using wkv::StepGradients;
+using wkv::load;
+using wkv::store;
 
 constexpr int64_t WIDTH = 64;  // channels in a tile
 constexpr int64_t CHUNK = 16;  // steps whose states the backward pass holds at once
 constexpr int64_t AHEAD = 4;   // steps that memory is asked for in advance
-
-template <typename To, typename From>
-WKV_FN To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From), "same size");
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-template <typename IO>
-struct Scalar {
-  using type = float;
-};
-template <>
-struct Scalar<double> {
-  using type = double;
-};
-
-WKV_FN float load(float x) { return x; }
-WKV_FN double load(double x) { return x; }
-WKV_FN float load(BFloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
-WKV_FN float load(Half x) {
-  // shifted into place and rescaled, a subnormal becomes normal by itself
-  const float magnitude = bits_as<float>(uint32_t(x.bits & 0x7fffu) << 13) * 0x1p112f;
-  const uint32_t overflow = magnitude >= 65536.0f ? 0x7f800000u : 0u;
-  return bits_as<float>(bits_as<uint32_t>(magnitude) | overflow | uint32_t(x.bits & 0x8000u) << 16);
-}
-
-// Round to nearest, ties to even; NaN stays NaN.
-WKV_FN void store(float& to, float x) { to = x; }
-WKV_FN void store(double& to, double x) { to = x; }
-WKV_FN void store(BFloat16& to, float x) {
-  const uint32_t bits = bits_as<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  to.bits = uint16_t(x != x ? 0x7fc0u : rounded);
-}
-WKV_FN void store(Half& to, float x) {
-  constexpr uint32_t TWO_TO_16 = 0x47800000u, TWO_TO_MINUS_14 = 0x38800000u;
-  const uint32_t magnitude = bits_as<uint32_t>(x) & 0x7fffffffu;
-  const uint32_t capped = magnitude < TWO_TO_16 ? magnitude : TWO_TO_16;  // becomes infinity
-  const uint32_t normal = (capped - (112u << 23) + 0xfffu + (capped >> 13 & 1u)) >> 13;
-  // next to 0.5 a float's last place is that of a subnormal half
-  const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(capped) + 0.5f) - 0x3f000000u;
-  const uint32_t nan = magnitude > 0x7f800000u ? 0x200u : 0u;
-  const uint32_t sign = bits_as<uint32_t>(x) >> 16 & 0x8000u;
-  to.bits = uint16_t((capped < TWO_TO_MINUS_14 ? subnormal : normal) | nan | sign);
-}
 
 // A tile's rows lie C apart, often a page each, which no hardware prefetcher follows.
 template <int WRITE, typename IO>
