@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.language_model import LanguageModel, State, check_n_pad
-from models.ops.wkv import wkv
+from models.ops.wkv import can_step, time_mix_step, wkv
 
 EMPTY_EXPONENT = -1e38  # running max exponent of a WKV state that has seen nothing
 PAD_KEY = -1e30  # above EMPTY_EXPONENT, and so far below any key that exp(difference) is 0
@@ -149,14 +149,19 @@ class TimeMix(nn.Module):
         self, x: Tensor, previous: Tensor, state: Tensor | None, pad: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, C) -> (B, T, C), and the WKV state (B, 3, C)."""
-        mixes = (self.time_mix_k, self.time_mix_v, self.time_mix_r)
-        weights = (self.key.weight, self.value.weight, self.receptance.weight)
-        k, v, r = ShiftLinear.apply(x, previous.to(x.dtype), 3, *mixes, *weights)
+        mixes = [self.time_mix_k, self.time_mix_v, self.time_mix_r]
+        weights = [self.key.weight, self.value.weight, self.receptance.weight]
+        previous = previous.to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)  # the op's arithmetic, never below
+        w, u = -torch.exp(self.time_decay.to(wide)), self.time_first.to(wide)
+        one_token = state is not None and x.shape[1] == 1 and pad is None
+        if one_token and can_step(x, self.key.weight, self.wkv_backend):
+            y, state = time_mix_step(x[:, 0], previous, mixes, weights, w, u, state)
+            return self.output(y).unsqueeze(1), state
+        k, v, r = ShiftLinear.apply(x, previous, 3, *mixes, *weights)
         if pad is not None:
             k = k.masked_fill(pad, max(PAD_KEY, torch.finfo(k.dtype).min / 2))
-        wide = torch.promote_types(k.dtype, torch.float32)  # the op's arithmetic, never below
-        w = -torch.exp(self.time_decay.to(wide))
-        y, state = wkv(w, self.time_first.to(wide), k, v, state, self.wkv_backend)
+        y, state = wkv(w, u, k, v, state, self.wkv_backend)
         return GatedLinear.apply(r, y, self.output.weight), state
 
 

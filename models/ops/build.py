@@ -1,17 +1,21 @@
-"""Compiles C++ sources into shared libraries, once for each source, compiler and kind of CPU.
+"""Compiles the kernels in csrc/, once for each source, compiler and kind of CPU or GPU.
 
-A library is written under a temporary name and renamed: processes that race each end up with a
+A binary is written under a temporary name and renamed: processes that race each end up with a
 whole one, and a killed process leaves nothing behind that others would wait for.
 """
 
+import contextlib
 import ctypes
 import hashlib
+import io
 import os
 import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("c++", "g++", "clang++")
@@ -31,11 +35,9 @@ def load_library(source: str) -> ctypes.CDLL:
     """
     path = SOURCES / source
     command, identity = _native_compiler()
-    texts = b"".join(file.read_bytes() for file in (path, *sorted(SOURCES.glob("*.h"))))
-    key = hashlib.sha256(texts + identity).hexdigest()[:16]
-    name = f"{path.stem}-{key}.so"
+    key = _key(path, identity)
     try:
-        target = _cache_folder() / name
+        target = _cache_folder() / f"{path.stem}-{key}.so"
         if target.exists():
             try:
                 return ctypes.CDLL(str(target))
@@ -45,12 +47,72 @@ def load_library(source: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(target))
     except OSError:  # a home that is read-only, forbids execution, or has another C library's files
         with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder) / name
+            target = Path(folder) / f"{path.stem}.so"
             _compile(command, path, target)
             try:
                 return ctypes.CDLL(str(target))
             except OSError as error:
                 raise BuildError(f"{source} was compiled but cannot be loaded: {error}") from error
+
+
+def load_cubin(source: str, arch: str, macros: dict[str, str]) -> bytes:
+    """csrc/<source> as machine code of a GPU, `arch` as "sm_90": from the user's cache, or now.
+
+    Needs cuda-core, and no GPU. Raises BuildError when NVRTC is not there, or when it fails.
+    """
+    path = SOURCES / source
+    options: dict[str, Any] = {"arch": arch, "define_macro": list(macros.items())}
+    key = _key(path, f"{options} {_nvrtc_version()}".encode())
+    try:
+        target = _cache_folder() / f"{path.stem}-{key}.cubin"
+        if target.exists():
+            digest, _, code = target.read_bytes().partition(b"\n")
+            if digest == hashlib.sha256(code).hexdigest().encode():
+                return code
+    except OSError:
+        return compile_cubin(path, options)[0]
+    code = compile_cubin(path, options)[0]
+    with contextlib.suppress(OSError):  # not kept, then: seconds lost at the next start
+        _write(target, hashlib.sha256(code).hexdigest().encode() + b"\n" + code)
+    return code
+
+
+def compile_cubin(path: Path, options: dict[str, Any]) -> tuple[bytes, str]:
+    """The machine code of a CUDA source, and what the compiler says of each kernel's registers."""
+    from cuda.core import Program, ProgramOptions
+
+    log = io.StringIO()
+    try:
+        program = Program(
+            path.read_text(encoding="utf-8"),
+            "c++",
+            ProgramOptions(
+                name=path.name,
+                std="c++17",
+                include_path=str(path.parent),
+                ptxas_options=["-v"],
+                **options,
+            ),
+        )
+        return bytes(program.compile("cubin", logs=log).code), log.getvalue()
+    except Exception as error:  # NVRTC's, or that its library is not there
+        message = _first_line(f"{error}\n{log.getvalue()}".encode())
+        raise BuildError(f"NVRTC fails on {path.name} for {options['arch']}: {message}") from error
+
+
+def _nvrtc_version() -> str:
+    try:
+        from cuda.bindings import nvrtc
+
+        return str(nvrtc.nvrtcVersion())
+    except Exception as error:  # cuda-bindings raises a bare RuntimeError without the library
+        raise BuildError(f"NVRTC cannot be had: {_first_line(str(error).encode())}") from error
+
+
+def _key(path: Path, identity: bytes) -> str:
+    """Of a source, the headers beside it, and what else decides what comes out."""
+    texts = b"".join(file.read_bytes() for file in (path, *sorted(SOURCES.glob("*.h"))))
+    return hashlib.sha256(texts + identity).hexdigest()[:16]
 
 
 def _cache_folder() -> Path:
@@ -88,12 +150,24 @@ def _compiler() -> list[str]:
 
 
 def _compile(command: list[str], source: Path, target: Path) -> None:
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
-    try:
+    with _replacing(target) as temporary:
         done = _run([*command, "-o", temporary, str(source)])
         if done.returncode != 0:
             raise BuildError(f"{command[0]} fails on {source.name}: {_first_line(done.stderr)}")
+
+
+def _write(target: Path, content: bytes) -> None:
+    with _replacing(target) as temporary:
+        Path(temporary).write_bytes(content)
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[str]:
+    """A temporary name beside target, which takes its place if nothing goes wrong."""
+    handle, temporary = tempfile.mkstemp(suffix=target.suffix, dir=target.parent)
+    os.close(handle)
+    try:
+        yield temporary
         os.replace(temporary, target)
     finally:
         Path(temporary).unlink(missing_ok=True)

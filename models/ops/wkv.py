@@ -3,7 +3,8 @@
     y_t = (sum_{i<t} e^{(t-1-i)w + k_i} v_i + e^{u + k_t} v_t) / (the same sum without v)
 
 A ladder of implementations, each tested against the one before: `wkv_reference` (a loop over T),
-`torch` (`scan.py`: parallel over T, no compiler) and `cpu` (`cpu.py`: C++, built at first use).
+`torch` (`scan.py`: parallel over T, no compiler), `cpu` (`cpu.py`: C++, built at first use) and
+`cuda` (`cuda.py`: compiled by NVRTC at first use).
 
 B batch, T time, C channels.
 """
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.ops import cpu
+from models.ops import cpu, cuda
 from models.ops.scan import EMPTY, wkv_scan
 
-BACKENDS = ("auto", "cpu", "torch", "reference")
+BACKENDS = ("auto", "cuda", "cpu", "torch", "reference")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -31,12 +32,12 @@ def wkv(
     too). state (B, 3, C) is numerator, denominator and running maximum of the exponent after the
     steps seen so far; None is the empty one, (0, 0, -1e38). Returns y (B, T, C) in the dtype of k
     and the state after the last step. All five inputs are differentiable. backend is "auto",
-    "cpu", "torch" or "reference". Raises ValueError for shapes and dtypes that do not fit, and for
-    a backend that cannot be had.
+    "cuda", "cpu", "torch" or "reference". Raises ValueError for shapes and dtypes that do not fit,
+    and for a backend that cannot be had.
     """
     _check(w, u, k, v, state)
     rung = live_backend(k.device, backend)
-    if rung == "cpu":
+    if rung in ("cuda", "cpu"):
         return _wkv(w, u, k, v, state)
     if rung == "reference":
         return wkv_reference(w, u, k, v, state)
@@ -45,25 +46,27 @@ def wkv(
 
 @torch.compiler.assume_constant_result
 def live_backend(device: torch.device | str, backend: str = "auto") -> str:
-    """Name the rung ("cpu", "torch" or "reference") that `wkv` would run on device.
+    """Name the rung ("cuda", "cpu", "torch" or "reference") that `wkv` would run on device.
 
-    "auto" is "cpu" for tensors on a CPU where a compiler can be had, else "torch"; the lack of a
-    compiler is warned of once. Raises ValueError when the backend asked for cannot be had.
+    "auto" is the fused rung of the device, "cuda" or "cpu", where it can be had, else "torch"; on
+    these two devices the lack is warned of once. Raises ValueError when the backend asked for
+    cannot be had.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown WKV backend {backend!r}: use one of {', '.join(BACKENDS)}")
     if backend in ("torch", "reference"):
         return backend
     kind = torch.device(device).type
-    if kind != "cpu":
-        if backend == "cpu":
-            raise ValueError(f"the WKV backend 'cpu' does not run on device {kind!r}: use auto")
+    rung = kind if backend == "auto" else backend
+    if rung not in ("cuda", "cpu"):
         return "torch"
-    reason = cpu.missing()
+    if rung == "cpu" != kind:
+        raise ValueError(f"the WKV backend 'cpu' does not run on device {kind!r}: use auto")
+    reason = cpu.missing() if rung == "cpu" else cuda.missing(device)
     if reason is None:
-        return "cpu"
-    if backend == "cpu":
-        raise ValueError(f"the WKV backend 'cpu' cannot be had: {reason}")
+        return rung
+    if backend != "auto":
+        raise ValueError(f"the WKV backend {rung!r} cannot be had: {reason}")
     _warn_once(reason)
     return "torch"
 
@@ -71,7 +74,7 @@ def live_backend(device: torch.device | str, backend: str = "auto") -> str:
 @cache
 def _warn_once(reason: str) -> None:
     warnings.warn(
-        f"WKV runs on the slower 'torch' backend ({reason}); install a C++ compiler to speed it up",
+        f"WKV runs on the slower 'torch' backend: {reason}; see python -m experiments.doctor",
         stacklevel=4,
     )
 
@@ -86,6 +89,10 @@ def _wkv_backward(
     w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, gy: Tensor, g_last: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return cpu.backward(w, u, k, v, state, gy, g_last)
+
+
+_wkv.register_kernel("cuda")(cuda.forward)
+_wkv_backward.register_kernel("cuda")(cuda.backward)
 
 
 @_wkv.register_fake
@@ -114,6 +121,44 @@ def _differentiate(ctx: Any, gy: Tensor, g_last: Tensor) -> tuple[Tensor | None,
 
 
 _wkv.register_autograd(_differentiate, setup_context=_save)
+
+
+def can_step(x: Tensor, weight: Tensor, backend: str = "auto") -> bool:
+    """Whether `time_mix_step` takes x (B, 1, C) with projections of weight's dtype."""
+    return (
+        x.is_cuda
+        and x.shape[0] <= cuda.MAX_STEP_BATCH
+        and x.dtype == weight.dtype
+        and not torch.is_grad_enabled()
+        and live_backend(x.device, backend) == "cuda"
+    )
+
+
+@torch.library.custom_op("rwkv_parity::time_mix_step", mutates_args=(), device_types="cuda")
+def time_mix_step(
+    x: Tensor,
+    previous: Tensor,
+    mixes: list[Tensor],
+    weights: list[Tensor],
+    w: Tensor,
+    u: Tensor,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`cuda.time_mix_step`: one token through RWKV-4's time-mix but for its output projection."""
+    return cuda.time_mix_step(x, previous, mixes, weights, w, u, state)
+
+
+@time_mix_step.register_fake
+def _(
+    x: Tensor,
+    previous: Tensor,
+    mixes: list[Tensor],
+    weights: list[Tensor],
+    w: Tensor,
+    u: Tensor,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(state)
 
 
 def wkv_reference(

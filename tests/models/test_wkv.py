@@ -1,4 +1,4 @@
-"""The ladder: the paper's sum -> wkv_reference -> torch -> cpu, outputs, states and gradients."""
+"""The ladder: the paper's sum -> wkv_reference -> torch -> cpu -> cuda, with all gradients."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from torch import Tensor
 from models.ops import cpu
 from models.ops.wkv import _wkv, live_backend, wkv
 
-RUNGS = ("reference", "torch", "cpu")
+RUNGS = ("reference", "torch", "cpu", "cuda")
 NAMES = ("y", "state", "gw", "gu", "gk", "gv", "gstate")
 # (B, T, C): one step, two, odd lengths, channels that fill no vector and more than one tile
 SHAPES = [(2, 1, 3), (3, 2, 9), (2, 63, 70), (1, 500, 17)]
@@ -18,8 +18,12 @@ SHAPES = [(2, 1, 3), (3, 2, 9), (2, 63, 70), (1, 500, 17)]
 
 @pytest.fixture(params=RUNGS)
 def rung(request: pytest.FixtureRequest) -> str:
-    if request.param == "cpu" and cpu.missing():
-        pytest.skip(f"no compiled WKV: {cpu.missing()}")
+    """A backend to ask for; "cuda" is the whole of it on an emulated GPU, in the place of "cpu"."""
+    if request.param in ("cpu", "cuda") and cpu.missing():
+        pytest.skip(f"no C++ compiler: {cpu.missing()}")
+    if request.param == "cuda":
+        request.getfixturevalue("emulated_gpu")
+        return "cpu"
     return request.param
 
 
@@ -100,7 +104,7 @@ def test_sum(shape: tuple[int, int, int], scale: float, rung: str) -> None:
 @pytest.mark.parametrize("kind", ["equal", "lopsided"])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rung", ["torch", "cpu"], indirect=True)
+@pytest.mark.parametrize("rung", ["torch", "cpu", "cuda"], indirect=True)
 def test_ladder(shape: tuple[int, int, int], scale: float, kind: str, rung: str) -> None:
     inputs = make(*shape, scale)
     compare(
@@ -113,7 +117,7 @@ def test_ladder(shape: tuple[int, int, int], scale: float, kind: str, rung: str)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 4e-3)])
-@pytest.mark.parametrize("rung", ["torch", "cpu"], indirect=True)
+@pytest.mark.parametrize("rung", ["torch", "cpu", "cuda"], indirect=True)
 def test_half_precision(dtype: torch.dtype, tolerance: float, rung: str) -> None:
     w, u, k, v, state = make(2, 63, 70)
     inputs = [w, u, k.to(dtype).double(), v.to(dtype).double(), state]
@@ -203,7 +207,7 @@ def test_exponential(rung: str) -> None:
     assert ((y - exact).abs() / exact)[:-4].max() < 2 * 2**-23
 
 
-@pytest.mark.parametrize("rung", ["torch", "cpu"], indirect=True)
+@pytest.mark.parametrize("rung", ["torch", "cpu", "cuda"], indirect=True)
 def test_strides(rung: str) -> None:
     w, u, k, v, state = make(2, 21, 12)
     expected = run(rung, [w, u, k, v, state], torch.float64)

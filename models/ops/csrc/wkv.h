@@ -14,8 +14,10 @@
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define WKV_FN __host__ __device__ __forceinline__
+#define WKV_BUILTIN(name) name
 #else
 #define WKV_FN inline __attribute__((always_inline))
+#define WKV_BUILTIN(name) __builtin_##name
 #endif
 
 namespace wkv {
@@ -23,17 +25,12 @@ namespace wkv {
 // The exponent of a state that has seen nothing.
 constexpr float EMPTY = -1e38f;
 
-WKV_FN float power_of_two(float shifted) {
-#if defined(__CUDA_ARCH__)
-  return __uint_as_float(__float_as_uint(shifted) << 23);
-#else
-  unsigned bits;
-  float result;
-  __builtin_memcpy(&bits, &shifted, sizeof bits);
-  bits <<= 23;
-  __builtin_memcpy(&result, &bits, sizeof bits);
-  return result;
-#endif
+template <typename To, typename From>
+WKV_FN To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  WKV_BUILTIN(memcpy)(&to, &from, sizeof to);
+  return to;
 }
 
 // e^x for x <= 0 within 2 ulp; 0 where the result would be subnormal, NaN for NaN.
@@ -48,19 +45,14 @@ WKV_FN float exp_nonpositive(float x) {
   const float low = 0.166665196f * r + 0.49999994f;
   const float high = 0.00138143217f * r2 + (0.00836885069f * r + 0.0416684002f);
   const float e = ((high * r2 + low) * r2 + r) + 1.0f;
-  return x < -87.0f ? 0.0f : e * power_of_two(shifted);
+  return x < -87.0f ? 0.0f : e * bits_as<float>(bits_as<unsigned>(shifted) << 23);
 }
 
 // Only tests compute in double.
-WKV_FN double exp_nonpositive(double x) { return __builtin_exp(x); }
+WKV_FN double exp_nonpositive(double x) { return WKV_BUILTIN(exp)(x); }
 
-#if defined(__CUDA_ARCH__)
-WKV_FN float magnitude(float x) { return fabsf(x); }
-WKV_FN double magnitude(double x) { return fabs(x); }
-#else
-WKV_FN float magnitude(float x) { return __builtin_fabsf(x); }
-WKV_FN double magnitude(double x) { return __builtin_fabs(x); }
-#endif
+WKV_FN float magnitude(float x) { return WKV_BUILTIN(fabsf)(x); }
+WKV_FN double magnitude(double x) { return WKV_BUILTIN(fabs)(x); }
 
 template <typename S>
 struct Weights {

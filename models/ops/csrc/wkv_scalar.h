@@ -7,14 +7,6 @@
 
 namespace wkv {
 
-template <typename To, typename From>
-WKV_FN To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From), "same size");
-  To to;
-  __builtin_memcpy(&to, &from, sizeof to);
-  return to;
-}
-
 struct BFloat16 {
   unsigned short bits;
 };
