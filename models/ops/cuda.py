@@ -6,6 +6,7 @@ PyTorch's CUDA builds. Kernels run on PyTorch's current stream, so they can be c
 B batch, T time, C channels.
 """
 
+from ctypes import c_int64
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,7 @@ def _launch(
     kernel = _kernel(name, like.dtype, index)
     with torch.cuda.device(index):
         stream = Stream.from_handle(torch.cuda.current_stream(index).cuda_stream)
-        launch(stream, LaunchConfig(grid=grid, block=block), kernel, *arguments)
+        launch(stream, LaunchConfig(grid=grid, block=block), kernel, *map(c_int64, arguments))
 
 
 @cache

@@ -478,7 +478,8 @@ wkv_backward(Int T, Int C, Int segment, Int aligned, const S* w, const S* u, con
 
 // One token through RWKV-4's time-mix, but for the output projection, in one launch: token shift,
 // the three projections, WKV, gate. A warp makes one output channel of ROWS batch rows: its lanes
-// read the three rows of weights once, 16 bytes at a time, which is nearly all there is to read.
+// read the three rows of weights once, 16 bytes at a time: 3 C^2 elements, which is nearly all there
+// is to read (7 MB at C = 768 in float32, 2 us of an H100's memory: an estimate).
 constexpr int WARPS = 8, ROWS = 4;
 
 WKV_DEVICE S sigmoid(S x) {
