@@ -244,6 +244,47 @@ def test_threads_change_no_bit(rung: str, monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.equal(a, c)
 
 
+@pytest.mark.parametrize(("threads", "T", "C"), [(3, 600, 40), (4, 2000, 7), (5, 1100, 33)])
+@pytest.mark.parametrize("rung", ["cpu"], indirect=True)
+def test_threads_share_long_sequences(threads: int, T: int, C: int, rung: str) -> None:
+    """Too few channels for all threads: segments of T are done side by side and then joined."""
+    inputs = make(1, T, C)
+    one = run(rung, inputs, torch.float64)
+    torch.set_num_threads(threads)
+    try:
+        several = run(rung, inputs, torch.float64)
+        narrow = run(rung, [x.float().double() for x in inputs], torch.float32)
+    finally:
+        torch.set_num_threads(1)
+    assert not all(torch.equal(a, b) for a, b in zip(one, several, strict=True))  # it was cut
+    compare(several, one, 1e-10)
+    compare(narrow, run(rung, [x.float().double() for x in inputs], torch.float64), 1e-5)
+
+
+@pytest.mark.parametrize("rung", ["cpu"], indirect=True)
+def test_gradcheck_of_segments(rung: str) -> None:
+    torch.set_num_threads(2)
+    try:
+        w = -torch.tensor([1e-3], dtype=torch.float64)
+        leaves = [x.requires_grad_() for x in (w, *make(1, 520, 1)[1:])]
+        assert torch.autograd.gradcheck(lambda *x: wkv(*x, backend=rung), leaves)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("rung", ["cpu"], indirect=True)
+def test_one_graph_for_all_lengths(rung: str) -> None:
+    compiled = torch.compile(
+        lambda *x: wkv(*x, backend=rung)[0], fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for T in (5, 9, 33):
+        inputs = [x.float() for x in make(2, T, 4)]
+        torch.testing.assert_close(compiled(*inputs), wkv(*inputs, backend=rung)[0])
+    assert graphs["unique_graphs"] == before + 1
+
+
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("rung", ["cpu"], indirect=True)
 def test_operator_is_well_formed(with_state: bool, rung: str) -> None:

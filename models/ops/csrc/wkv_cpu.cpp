@@ -1,7 +1,11 @@
 // The WKV recurrence of wkv.h over (B, T, C) arrays on a CPU, behind a C interface for ctypes.
 //
 // A tile is one batch row and up to WIDTH channels: the compiler turns the loop over its channels
-// into vector code, and threads take tiles. All arrays are contiguous.
+// into vector code. A thread takes a group of neighbouring tiles and goes through them BLOCK steps at
+// a time, so that it reads whole stretches of memory. Where groups are fewer than threads, T is cut
+// into segments too: each is reduced on its own, the states before them are combined, then each is
+// applied; backward once more for the adjoints. All arrays are contiguous.
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -23,9 +27,13 @@ using wkv::StepGradients;
 using wkv::load;
 using wkv::store;
 
-constexpr int64_t WIDTH = 64;  // channels in a tile
-constexpr int64_t CHUNK = 16;  // steps whose states the backward pass holds at once
-constexpr int64_t AHEAD = 4;   // steps that memory is asked for in advance
+constexpr int64_t WIDTH = 64;      // most channels of a tile
+constexpr int64_t NARROW = 32;     // least where threads lack work; fewer yet wait on each other
+constexpr int64_t TILES = 12;      // most tiles of a group
+constexpr int64_t CHUNK = 16;      // steps whose states the backward pass holds at once
+constexpr int64_t BLOCK = 32;      // steps of a tile before its neighbour's turn; whole chunks
+constexpr int64_t SEGMENT = 256;   // least steps that are worth a segment
+constexpr int64_t AHEAD = 4;       // steps that memory is asked for in advance
 
 // A tile's rows lie C apart, often a page each, which no hardware prefetcher follows.
 template <int WRITE, typename IO>
@@ -36,7 +44,7 @@ WKV_FN void prefetch(const IO* row, int64_t n) {
 
 // State and adjoint of a tile, channels side by side.
 template <typename S>
-struct TileState {
+struct alignas(64) TileState {
   S num[WIDTH], den[WIDTH], top[WIDTH], age[WIDTH];
 
   WKV_FN State<S> get(int64_t c) const { return {num[c], den[c], top[c], age[c]}; }
@@ -54,29 +62,77 @@ struct Arrays {  // what both directions read
   const S *w, *u;
   const void *k, *v;
   const S* state;  // (B, 3, C), or null when empty
-
-  int64_t tiles_per_row() const { return (C + WIDTH - 1) / WIDTH; }
 };
 
-struct Tile {
-  int64_t b, c, n;
+// How the work is cut: a unit is a batch row and a group of tiles.
+struct Plan {
+  int64_t T, C, width, group, n_groups, n_units, segment, n_segments;
 
-  template <typename S>
-  Tile(const Arrays<S>& a, int64_t index)
-      : b(index / a.tiles_per_row()), c(index % a.tiles_per_row() * WIDTH) {
-    n = a.C - c < WIDTH ? a.C - c : WIDTH;
+  Plan(int64_t B, int64_t T, int64_t C, int64_t n_threads) : T(T), C(C) {
+    const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+    width = WIDTH;
+    while (width > NARROW && B * parts(C, width) < n_threads) width /= 2;
+    // the widest groups that leave no thread idle for long
+    const int64_t row = parts(C, width);
+    double best = 0;
+    for (int64_t tiles = std::min(TILES, row); tiles > 0 && best < 0.9; --tiles) {
+      const int64_t rounds = parts(B * parts(row, tiles), n_threads);
+      const double busy = double(B * row) / double(rounds * n_threads * tiles);
+      if (busy > best) {
+        best = busy;
+        group = width * tiles;
+      }
+    }
+    n_groups = parts(C, group);
+    n_units = B * n_groups;
+    const int64_t most = T < SEGMENT ? 1 : T / SEGMENT, wanted = parts(n_threads, n_units);
+    segment = parts(parts(T, wanted < most ? wanted : most), BLOCK) * BLOCK;
+    n_segments = parts(T, segment);
   }
+};
+
+// A segment of a unit; calls work(tile number, first channel, number of channels) for its tiles.
+struct Part {
+  int64_t b, c, end_c, width, t, end_t, unit, number;
+
+  Part(const Plan& plan, int64_t index)
+      : b(index / plan.n_segments / plan.n_groups),
+        c(index / plan.n_segments % plan.n_groups * plan.group),
+        end_c(plan.C - c < plan.group ? plan.C : c + plan.group),
+        width(plan.width),
+        t(index % plan.n_segments * plan.segment),
+        end_t(plan.T - t < plan.segment ? plan.T : t + plan.segment),
+        unit(index / plan.n_segments),
+        number(index % plan.n_segments) {}
+
+  template <typename Work>
+  void tiles(const Work& work) const {
+    for (int64_t i = 0, at = c; at < end_c; ++i, at += width)
+      work(i, at, end_c - at < width ? end_c - at : width);
+  }
+};
+
+// States or adjoints of the tiles of a unit at the borders of its segments.
+template <typename X>
+struct Borders {
+  int64_t n_tiles, n_borders;
+  std::unique_ptr<X[]> all;
+
+  explicit Borders(const Plan& plan)
+      : n_tiles(plan.group / plan.width),
+        n_borders(plan.n_segments + 1),
+        all(new X[plan.n_units * n_borders * n_tiles]) {}
+  X* at(int64_t unit, int64_t border) { return &all[(unit * n_borders + border) * n_tiles]; }
 };
 
 template <typename S>
-void load_state(const Arrays<S>& a, const Tile& tile, TileState<S>& s) {
-  const S* from = a.state ? a.state + tile.b * 3 * a.C + tile.c : nullptr;
-  for (int64_t c = 0; c < tile.n; ++c) {
-    if (from)
-      s.set(c, {from[c], from[a.C + c], from[2 * a.C + c], S(0)});
-    else
-      s.set(c, {S(0), S(0), S(wkv::EMPTY), S(0)});
-  }
+void load_state(const Arrays<S>& a, const Part& part, TileState<S>* states) {
+  part.tiles([&](int64_t i, int64_t c, int64_t n) {
+    const S* from = a.state ? a.state + part.b * 3 * a.C + c : nullptr;
+    for (int64_t j = 0; j < n; ++j)
+      states[i].set(j, from ? State<S>{from[j], from[a.C + j], from[2 * a.C + j], S(0)}
+                            : State<S>{S(0), S(0), S(wkv::EMPTY), S(0)});
+  });
 }
 
 template <typename S>
@@ -86,9 +142,10 @@ struct Forward : Arrays<S> {
 };
 
 template <typename IO, typename S>
-void forward_rows(int64_t T, int64_t C, int64_t n, const S* __restrict w, const S* __restrict u,
+void forward_rows(int64_t T, int64_t C, int64_t n_channels, const S* __restrict w, const S* __restrict u,
                   const IO* __restrict k, const IO* __restrict v, IO* __restrict y,
                   TileState<S>& __restrict s) {
+  const int64_t n = std::min(n_channels, WIDTH);  // known, it lets loops unroll
   for (int64_t t = 0; t < T; ++t, k += C, v += C, y += C) {
     prefetch<0>(k + AHEAD * C, n);
     prefetch<0>(v + AHEAD * C, n);
@@ -105,41 +162,56 @@ void forward_rows(int64_t T, int64_t C, int64_t n, const S* __restrict w, const 
   }
 }
 
+// Brings the states of a part from its first step past its last, and writes y.
 template <typename IO, typename S = typename Scalar<IO>::type>
-void forward_tile(const Forward<S>& a, int64_t index) {
-  const Tile tile(a, index);
-  const int64_t at = tile.b * a.T * a.C + tile.c;
-  TileState<S> s;
-  load_state(a, tile, s);
-  forward_rows<IO, S>(a.T, a.C, tile.n, a.w + tile.c, a.u + tile.c,
-                      static_cast<const IO*>(a.k) + at, static_cast<const IO*>(a.v) + at,
-                      static_cast<IO*>(a.y) + at, s);
-  S* last = a.last + tile.b * 3 * a.C + tile.c;
-  for (int64_t c = 0; c < tile.n; ++c) {
-    last[c] = s.num[c];
-    last[a.C + c] = s.den[c];
-    last[2 * a.C + c] = wkv::exponent<S>(s.get(c), a.w[tile.c + c]);
-  }
+void forward_part(const Forward<S>& a, const Part& part, TileState<S>* states) {
+  for (int64_t t = part.t; t < part.end_t; t += BLOCK)
+    part.tiles([&](int64_t i, int64_t c, int64_t n) {
+      const int64_t at = (part.b * a.T + t) * a.C + c;
+      forward_rows<IO, S>(std::min(BLOCK, part.end_t - t), a.C, n, a.w + c, a.u + c,
+                          static_cast<const IO*>(a.k) + at, static_cast<const IO*>(a.v) + at,
+                          static_cast<IO*>(a.y) + at, states[i]);
+    });
+}
+
+template <typename S>
+void store_last(const Forward<S>& a, const Part& part, const TileState<S>* states) {
+  part.tiles([&](int64_t i, int64_t c, int64_t n) {
+    S* last = a.last + part.b * 3 * a.C + c;
+    for (int64_t j = 0; j < n; ++j) {
+      last[j] = states[i].num[j];
+      last[a.C + j] = states[i].den[j];
+      last[2 * a.C + j] = wkv::exponent<S>(states[i].get(j), a.w[c + j]);
+    }
+  });
 }
 
 template <typename S>
 struct Backward : Arrays<S> {
   const void* gy;
-  const S* g_last;    // (B, 3, C), or null when zero
+  const S* g_last;    // (B, 3, C)
   S *gw, *gu;         // (B, C)
   void *gk, *gv;      // (B, T, C)
   S* g_first;         // (B, 3, C)
 };
 
 template <typename S>
-struct TileAdjoint {
+struct alignas(64) TileAdjoint {  // and the sums of the gradients of w and u
   S num[WIDTH], den[WIDTH], p[WIDTH], gw[WIDTH], gu[WIDTH];
+
+  WKV_FN Adjoint<S> get(int64_t c) const { return {num[c], den[c], p[c]}; }
+  WKV_FN void set(int64_t c, const Adjoint<S>& g) {
+    num[c] = g.num;
+    den[c] = g.den;
+    p[c] = g.p;
+  }
 };
 
 // Advances s over n_steps, keeping the state before each in `before` when that is given.
 template <typename IO, typename S>
-void replay(int64_t n_steps, int64_t C, int64_t n, const S* __restrict w, const IO* __restrict k,
+void replay(int64_t n_steps, int64_t C, int64_t n_channels, const S* __restrict w, const IO* __restrict k,
             const IO* __restrict v, TileState<S>& __restrict s, TileState<S>* __restrict before) {
+  const int64_t n = std::min(n_channels, WIDTH);  // known, it lets loops unroll
   for (int64_t t = 0; t < n_steps; ++t, k += C, v += C) {
     prefetch<0>(k + AHEAD * C, n);
     prefetch<0>(v + AHEAD * C, n);
@@ -156,28 +228,34 @@ void replay(int64_t n_steps, int64_t C, int64_t n, const S* __restrict w, const 
   }
 }
 
-template <typename IO, typename S>
-void backward_rows(int64_t n_steps, int64_t C, int64_t n, const S* __restrict w,
+// Takes g from behind n_steps to before them; apply = false: writes no gradients.
+template <bool apply, typename IO, typename S>
+void backward_rows(int64_t n_steps, int64_t C, int64_t n_channels, const S* __restrict w,
                    const S* __restrict u, const IO* __restrict k, const IO* __restrict v,
                    const IO* __restrict gy, IO* __restrict gk, IO* __restrict gv,
                    const TileState<S>* __restrict before, TileAdjoint<S>& __restrict g) {
+  const int64_t n = std::min(n_channels, WIDTH);  // known, it lets loops unroll
   S gw[WIDTH] = {}, gu[WIDTH] = {};  // sums of a chunk first: fewer roundings over a long T
   for (int64_t t = n_steps - 1; t >= 0; --t) {
     const TileState<S>& s = before[t];
     const int64_t at = t * C;
     prefetch<0>(gy + at - AHEAD * C, n);
-    prefetch<1>(gk + at - AHEAD * C, n);
-    prefetch<1>(gv + at - AHEAD * C, n);
+    if (apply) {
+      prefetch<1>(gk + at - AHEAD * C, n);
+      prefetch<1>(gv + at - AHEAD * C, n);
+    }
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) {
       Adjoint<S> x{g.num[c], g.den[c], g.p[c]};
       const State<S> state{s.num[c], s.den[c], s.top[c], s.age[c]};
       const StepGradients<S> step = wkv::backward_step<S>(
           state, x, w[c], u[c], load(k[at + c]), load(v[at + c]), load(gy[at + c]));
-      store(gk[at + c], step.k);
-      store(gv[at + c], step.v);
-      gw[c] += step.w;
-      gu[c] += step.u;
+      if (apply) {
+        store(gk[at + c], step.k);
+        store(gv[at + c], step.v);
+        gw[c] += step.w;
+        gu[c] += step.u;
+      }
       g.num[c] = x.num;
       g.den[c] = x.den;
       g.p[c] = x.p;
@@ -189,51 +267,83 @@ void backward_rows(int64_t n_steps, int64_t C, int64_t n, const S* __restrict w,
   }
 }
 
+// Brings the states of a part from its first step past its last; into `borders`, if given, those
+// before each chunk, tile by tile.
 template <typename IO, typename S = typename Scalar<IO>::type>
-void backward_tile(const Backward<S>& a, int64_t index) {
-  const Tile tile(a, index);
-  const int64_t row = tile.b * a.T * a.C + tile.c, state_row = tile.b * 3 * a.C + tile.c;
-  const int64_t n_chunks = (a.T + CHUNK - 1) / CHUNK, C = a.C, n = tile.n;
-  const S *w = a.w + tile.c, *u = a.u + tile.c;
-  const IO *k = static_cast<const IO*>(a.k) + row, *v = static_cast<const IO*>(a.v) + row;
-  const IO* gy = static_cast<const IO*>(a.gy) + row;
-  IO *gk = static_cast<IO*>(a.gk) + row, *gv = static_cast<IO*>(a.gv) + row;
-  const auto steps = [&](int64_t i) { return i + 1 < n_chunks ? CHUNK : a.T - i * CHUNK; };
+void replay_part(const Arrays<S>& a, const Part& part, TileState<S>* states,
+                 TileState<S>* borders) {
+  const int64_t n_chunks = (part.end_t - part.t + CHUNK - 1) / CHUNK;
+  for (int64_t t = part.t; t < part.end_t; t += BLOCK)
+    part.tiles([&](int64_t i, int64_t c, int64_t n) {
+      for (int64_t s = t; s < std::min(t + BLOCK, part.end_t); s += CHUNK) {
+        const int64_t at = (part.b * a.T + s) * a.C + c;
+        if (borders) borders[i * n_chunks + (s - part.t) / CHUNK] = states[i];
+        replay<IO, S>(std::min(CHUNK, part.end_t - s), a.C, n, a.w + c,
+                      static_cast<const IO*>(a.k) + at, static_cast<const IO*>(a.v) + at, states[i],
+                      nullptr);
+      }
+    });
+}
 
-  std::unique_ptr<TileState<S>[]> states(new TileState<S>[n_chunks + CHUNK]);
-  TileState<S>* borders = states.get();           // the state before each chunk
-  TileState<S>* before = borders + n_chunks;      // the state before each step of one chunk
-  TileState<S> s;
-  load_state(a, tile, s);
-  for (int64_t i = 0; i < n_chunks; ++i) {
-    borders[i] = s;
-    replay<IO, S>(steps(i), C, n, w, k + i * CHUNK * C, v + i * CHUNK * C, s, nullptr);
-  }
+// Takes the adjoints g of a part from behind its last step to before its first. `states` are those
+// before its first step and come back as those past its last. end: g is made there, of g_last.
+template <bool apply, typename IO, typename S = typename Scalar<IO>::type>
+void backward_part(const Backward<S>& a, const Part& part, bool end, TileState<S>* states,
+                   TileAdjoint<S>* g) {
+  const int64_t n_chunks = (part.end_t - part.t + CHUNK - 1) / CHUNK;
+  const int64_t n_tiles = (part.end_c - part.c + part.width - 1) / part.width;
+  std::unique_ptr<TileState<S>[]> room(new TileState<S>[n_tiles * n_chunks + CHUNK]);
+  TileState<S>* borders = room.get();                      // the state before each chunk
+  TileState<S>* before = borders + n_tiles * n_chunks;     // before each step of one chunk
+  replay_part<IO>(a, part, states, borders);
+  if (end)
+    part.tiles([&](int64_t i, int64_t c, int64_t n) {
+      const S* last = a.g_last + part.b * 3 * a.C + c;
+      for (int64_t j = 0; j < n; ++j) {
+        const State<S> s = states[i].get(j);
+        const Adjoint<S> x = wkv::enter<S>(s, last[j], last[a.C + j], last[2 * a.C + j]);
+        g[i].set(j, x);
+        g[i].gw[j] = x.p * s.age;
+      }
+    });
+  for (int64_t t = part.t + (part.end_t - part.t - 1) / BLOCK * BLOCK; t >= part.t; t -= BLOCK)
+    part.tiles([&](int64_t i, int64_t c, int64_t n) {
+      const int64_t block_end = std::min(t + BLOCK, part.end_t);
+      for (int64_t s = t + (block_end - t - 1) / CHUNK * CHUNK; s >= t; s -= CHUNK) {
+        const int64_t at = (part.b * a.T + s) * a.C + c, steps = std::min(CHUNK, block_end - s);
+        const IO *k = static_cast<const IO*>(a.k) + at, *v = static_cast<const IO*>(a.v) + at;
+        TileState<S> state = borders[i * n_chunks + (s - part.t) / CHUNK];
+        replay<IO, S>(steps, a.C, n, a.w + c, k, v, state, before);
+        backward_rows<apply, IO, S>(steps, a.C, n, a.w + c, a.u + c, k, v,
+                                    static_cast<const IO*>(a.gy) + at,
+                                    static_cast<IO*>(a.gk) + at, static_cast<IO*>(a.gv) + at,
+                                    before, g[i]);
+      }
+    });
+}
 
-  TileAdjoint<S> g{};
-  for (int64_t c = 0; a.g_last && c < n; ++c) {
-    const S* last = a.g_last + state_row + c;
-    const Adjoint<S> x = wkv::enter<S>(s.get(c), last[0], last[C], last[2 * C]);
-    g.num[c] = x.num;
-    g.den[c] = x.den;
-    g.p[c] = x.p;
-    g.gw[c] = x.p * s.age[c];
-  }
-  for (int64_t i = n_chunks - 1; i >= 0; --i) {
-    const int64_t at = i * CHUNK * C;
-    s = borders[i];
-    replay<IO, S>(steps(i), C, n, w, k + at, v + at, s, before);
-    backward_rows<IO, S>(steps(i), C, n, w, u, k + at, v + at, gy + at, gk + at, gv + at, before, g);
-  }
-
-  S* first = a.g_first + state_row;
-  for (int64_t c = 0; c < n; ++c) {
-    a.gw[tile.b * C + tile.c + c] = g.gw[c];
-    a.gu[tile.b * C + tile.c + c] = g.gu[c];
-    first[c] = g.num[c];
-    first[C + c] = g.den[c];
-    first[2 * C + c] = wkv::leave<S>(borders[0].get(c), {g.num[c], g.den[c], g.p[c]});
-  }
+// The gradients of w and u, (B, C), and of the first state, once all parts of a unit are done.
+template <typename S>
+void store_gradients(const Backward<S>& a, const Plan& plan, int64_t unit,
+                     Borders<TileAdjoint<S>>& adjoints) {
+  const Part part(plan, unit * plan.n_segments);
+  std::unique_ptr<TileState<S>[]> first(new TileState<S>[adjoints.n_tiles]);
+  load_state(a, part, first.get());
+  part.tiles([&](int64_t i, int64_t c, int64_t n) {
+    S *gw = a.gw + part.b * a.C + c, *gu = a.gu + part.b * a.C + c;
+    S* to = a.g_first + part.b * 3 * a.C + c;
+    for (int64_t j = 0; j < n; ++j) {
+      gw[j] = gu[j] = S(0);
+      for (int64_t s = 0; s < plan.n_segments; ++s) {
+        gw[j] += adjoints.at(unit, s)[i].gw[j];
+        gu[j] += adjoints.at(unit, s)[i].gu[j];
+      }
+      const Adjoint<S> g = adjoints.at(unit, 0)[i].get(j);
+      to[j] = g.num;
+      to[a.C + j] = g.den;
+      to[2 * a.C + j] = wkv::leave<S>(first[i].get(j), g);
+    }
+  });
 }
 
 // GOMP_parallel of the OpenMP runtime that PyTorch runs on, so that both share one pool of threads.
@@ -242,24 +352,25 @@ using Fork = void (*)(void (*)(void*), void*, unsigned, unsigned);
 template <typename Call>
 struct Job {
   const Call& call;
-  int64_t n_tiles;
+  int64_t n;
   std::atomic<int64_t> next{0};
   std::atomic<bool> out_of_memory{false};
 
   static void work(void* self) {
     Job& job = *static_cast<Job*>(self);
     try {
-      for (int64_t i; (i = job.next++) < job.n_tiles;) job.call(i);
+      for (int64_t i; (i = job.next++) < job.n;) job.call(i);
     } catch (const std::bad_alloc&) {
       job.out_of_memory = true;
     }
   }
 };
 
+// Calls call(i) for i in 0 .. n - 1; false when memory ran out.
 template <typename Call>
-int over_tiles(int64_t n_tiles, int64_t n_threads, Fork fork, const Call& call) {
-  Job<Call> job{call, n_tiles};
-  if (n_threads > n_tiles) n_threads = n_tiles;
+bool in_parallel(int64_t n, int64_t n_threads, Fork fork, const Call& call) {
+  Job<Call> job{call, n};
+  if (n_threads > n) n_threads = n;
   if (n_threads > 1 && fork) {
     fork(Job<Call>::work, &job, unsigned(n_threads), 0);
   } else {
@@ -271,7 +382,115 @@ int over_tiles(int64_t n_tiles, int64_t n_threads, Fork fork, const Call& call) 
     Job<Call>::work(&job);
     for (std::thread& other : others) other.join();
   }
-  return job.out_of_memory ? 1 : 0;
+  return !job.out_of_memory;
+}
+
+// The state before each segment of each unit and, after the last, that past it. Only called where
+// there are several: reducing a segment costs about half of applying it.
+template <typename IO, typename S>
+bool find_ends(const Arrays<S>& a, const Plan& plan, int64_t n_threads, Fork fork,
+               Borders<TileState<S>>& ends) {
+  Arrays<S> nothing = a;
+  nothing.state = nullptr;
+  if (!in_parallel(plan.n_units * plan.n_segments, n_threads, fork, [&](int64_t i) {
+        const Part part(plan, i);
+        TileState<S>* s = ends.at(part.unit, part.number + 1);
+        load_state(nothing, part, s);
+        replay_part<IO>(a, part, s, static_cast<TileState<S>*>(nullptr));
+      }))
+    return false;
+  for (int64_t i = 0; i < plan.n_units * plan.n_segments; ++i) {
+    const Part part(plan, i);
+    TileState<S>*before = ends.at(part.unit, part.number), *after = ends.at(part.unit, part.number + 1);
+    if (part.number == 0) load_state(a, part, before);
+    part.tiles([&](int64_t tile, int64_t c, int64_t n) {
+      for (int64_t j = 0; j < n; ++j)
+        after[tile].set(j, wkv::join<S>(before[tile].get(j), after[tile].get(j), a.w[c + j],
+                                        S(part.end_t - part.t)));
+    });
+  }
+  return true;
+}
+
+template <typename IO, typename S = typename Scalar<IO>::type>
+bool forward(const Forward<S>& a, int64_t n_threads, Fork fork) {
+  const Plan plan(a.B, a.T, a.C, n_threads);
+  Borders<TileState<S>> ends(plan);
+  if (plan.n_segments > 1 && !find_ends<IO, S>(a, plan, n_threads, fork, ends)) return false;
+  return in_parallel(plan.n_units * plan.n_segments, n_threads, fork, [&](int64_t i) {
+    const Part part(plan, i);
+    TileState<S>* s = ends.at(part.unit, part.number);
+    if (plan.n_segments == 1) load_state(a, part, s);
+    forward_part<IO>(a, part, s);
+    if (part.end_t == a.T) store_last(a, part, s);
+  });
+}
+
+// The adjoint behind each segment but the last, whose own comes from g_last.
+template <typename IO, typename S>
+bool find_adjoints(const Backward<S>& a, const Plan& plan, int64_t n_threads, Fork fork,
+                   Borders<TileState<S>>& ends, Borders<TileAdjoint<S>>& adjoints) {
+  Borders<TileAdjoint<S>> own(plan);  // what a segment adds to an adjoint of zero behind it
+  if (!in_parallel(plan.n_units * plan.n_segments, n_threads, fork, [&](int64_t i) {
+        const Part part(plan, i);
+        if (part.number == 0) return;
+        const std::vector<TileState<S>> kept(ends.at(part.unit, part.number),
+                                             ends.at(part.unit, part.number) + ends.n_tiles);
+        std::vector<TileState<S>> s = kept;
+        TileAdjoint<S>* g = own.at(part.unit, part.number);
+        for (int64_t tile = 0; tile < own.n_tiles; ++tile) g[tile] = {};
+        backward_part<false, IO>(a, part, part.end_t == a.T, s.data(), g);
+      }))
+    return false;
+  for (int64_t i = plan.n_units * plan.n_segments - 1; i >= 0; --i) {
+    const Part part(plan, i);
+    if (part.number == 0) continue;
+    const TileAdjoint<S>* mine = own.at(part.unit, part.number);
+    const TileState<S>*before = ends.at(part.unit, part.number), *after = ends.at(part.unit, part.number + 1);
+    const TileAdjoint<S>* behind = adjoints.at(part.unit, part.number);
+    TileAdjoint<S>* to = adjoints.at(part.unit, part.number - 1);
+    part.tiles([&](int64_t tile, int64_t c, int64_t n) {
+      for (int64_t j = 0; j < n; ++j) {
+        Adjoint<S> g = mine[tile].get(j);
+        if (part.end_t < a.T)
+          g = wkv::join<S>(g, wkv::passage<S>(before[tile].get(j), after[tile].get(j), a.w[c + j],
+                                              S(part.end_t - part.t)),
+                           behind[tile].get(j));
+        to[tile].set(j, g);
+      }
+    });
+  }
+  return true;
+}
+
+template <typename IO, typename S = typename Scalar<IO>::type>
+bool backward(const Backward<S>& a, int64_t n_threads, Fork fork) {
+  const Plan plan(a.B, a.T, a.C, n_threads);
+  Borders<TileState<S>> ends(plan);
+  Borders<TileAdjoint<S>> adjoints(plan);
+  for (int64_t i = 0; i < plan.n_units * adjoints.n_borders * adjoints.n_tiles; ++i)
+    adjoints.all[i] = {};
+  if (plan.n_segments > 1 && !(find_ends<IO, S>(a, plan, n_threads, fork, ends) &&
+                               find_adjoints<IO, S>(a, plan, n_threads, fork, ends, adjoints)))
+    return false;
+  if (!in_parallel(plan.n_units * plan.n_segments, n_threads, fork, [&](int64_t i) {
+        const Part part(plan, i);
+        TileState<S>* s = ends.at(part.unit, part.number);
+        if (plan.n_segments == 1) load_state(a, part, s);
+        backward_part<true, IO>(a, part, part.end_t == a.T, s, adjoints.at(part.unit, part.number));
+      }))
+    return false;
+  for (int64_t unit = 0; unit < plan.n_units; ++unit) store_gradients(a, plan, unit, adjoints);
+  return true;
+}
+
+template <typename Run>
+int run_or_fail(const Run& run) {
+  try {
+    return run() ? 0 : 1;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
 }
 
 template <typename Run>
@@ -287,7 +506,7 @@ int for_dtype(int dtype, const Run& run) {
 
 }  // namespace
 
-// Both return 0, or 1 when memory ran out; `state` and `g_last` may be null.
+// Both return 0, or 1 when memory ran out; `state` may be null.
 extern "C" int wkv_forward(int dtype, int64_t B, int64_t T, int64_t C, const void* w, const void* u,
                            const void* k, const void* v, const void* state, void* y, void* last,
                            int64_t n_threads, void* fork) {
@@ -298,8 +517,7 @@ extern "C" int wkv_forward(int dtype, int64_t B, int64_t T, int64_t C, const voi
                         static_cast<const S*>(state)},
                        y,
                        static_cast<S*>(last)};
-    return over_tiles(B * a.tiles_per_row(), n_threads, reinterpret_cast<Fork>(fork),
-                      [&](int64_t i) { forward_tile<IO>(a, i); });
+    return run_or_fail([&] { return forward<IO>(a, n_threads, reinterpret_cast<Fork>(fork)); });
   });
 }
 
@@ -319,7 +537,6 @@ extern "C" int wkv_backward(int dtype, int64_t B, int64_t T, int64_t C, const vo
                         gk,
                         gv,
                         static_cast<S*>(g_first)};
-    return over_tiles(B * a.tiles_per_row(), n_threads, reinterpret_cast<Fork>(fork),
-                      [&](int64_t i) { backward_tile<IO>(a, i); });
+    return run_or_fail([&] { return backward<IO>(a, n_threads, reinterpret_cast<Fork>(fork)); });
   });
 }
