@@ -240,6 +240,8 @@ void backward_rows(int64_t n_steps, int64_t C, int64_t n_channels, const S* __re
     const TileState<S>& s = before[t];
     const int64_t at = t * C;
     prefetch<0>(gy + at - AHEAD * C, n);
+    prefetch<0>(k + at - CHUNK * C, n);  // the chunk before this one, which comes next
+    prefetch<0>(v + at - CHUNK * C, n);
     if (apply) {
       prefetch<1>(gk + at - AHEAD * C, n);
       prefetch<1>(gv + at - AHEAD * C, n);
