@@ -243,20 +243,23 @@ def every_rung(device: str, shape: Shape, repeats: int) -> tuple[list[Row], list
 
 
 def worst_error(backend: str, dtype: torch.dtype, device: str) -> float:
-    """Largest relative RMS error of y and the gradients of w, u, k, v, against float64."""
-    arrays = inputs((2, 500, 96), dtype, device)
+    """Largest relative RMS error of y, the state and all five gradients, against float64."""
+    w, u, k, v, gy = inputs((2, 500, 96), dtype, device)
+    state = torch.stack((v[:, 0], torch.ones_like(v[:, 0]), k[:, 0]), 1).to(w.dtype)
 
-    def results(backend: str, arrays: list[Tensor]) -> list[Tensor]:
-        w, u, k, v = (x.detach().requires_grad_() for x in arrays[:4])
-        y, _ = wkv(w, u, k, v, backend=backend)
-        grads = torch.autograd.grad(y, (w, u, k, v), arrays[4])
-        return [x.detach().double() for x in (y, *grads)]
+    def results(backend: str, wide: torch.dtype, dtype: torch.dtype) -> list[Tensor]:
+        dtypes = (wide, wide, dtype, dtype, wide)
+        leaves = [
+            x.detach().to(t).requires_grad_()
+            for x, t in zip((w, u, k, v, state), dtypes, strict=True)
+        ]
+        y, last = wkv(leaves[0], leaves[1], leaves[2], leaves[3], leaves[4], backend)
+        grads = torch.autograd.grad([y, last], leaves, [gy.to(dtype), torch.ones_like(last)])
+        return [x.detach().double() for x in (y, last, *grads)]
 
-    exact = results("reference", [x.double() for x in arrays])
-    return max(
-        float((a - e).norm() / e.norm())
-        for a, e in zip(results(backend, arrays), exact, strict=True)
-    )
+    exact = results("reference", torch.float64, torch.float64)
+    actual = results(backend, torch.float32, dtype)
+    return max(float((a - e).norm() / e.norm()) for a, e in zip(actual, exact, strict=True))
 
 
 def memory(shape: Shape) -> Row:

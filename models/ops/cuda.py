@@ -33,7 +33,7 @@ def missing(device: torch.device | str = "cuda") -> str | None:
     """Why the fused rung cannot be had on device, in a line without a full stop, or None."""
     device = torch.device(device)
     if device.type != "cuda":
-        return f"it runs on NVIDIA GPUs, not on device {device.type!r}"
+        return f"it runs on NVIDIA GPUs, not on tensors of device {device.type!r}"
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
     if not torch.cuda.is_available():
@@ -49,7 +49,7 @@ def _module(dtype: torch.dtype, index: int) -> "ObjectCode | str":
     try:
         from cuda.core import Device, ObjectCode
     except ImportError as error:
-        return f"the package cuda-core is not there ({error}): pip install 'rwkv-parity[cuda]'"
+        return f"the package cuda-core is not there ({error}): pip install -e '.[cuda]'"
     major, minor = torch.cuda.get_device_capability(index)
     try:
         cubin = load_cubin("wkv_cuda.cu", f"sm_{major}{minor}", {"WKV_IO": _TYPES[dtype][0]})

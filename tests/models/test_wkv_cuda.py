@@ -273,7 +273,7 @@ def test_why_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 7)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    assert "pip install 'rwkv-parity[cuda]'" in str(cuda.missing("cuda"))
+    assert "pip install -e '.[cuda]'" in str(cuda.missing("cuda"))
     cuda._module.cache_clear()
 
 
