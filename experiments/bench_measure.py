@@ -83,6 +83,8 @@ def _grown(
     import psutil
     import torch
 
+    from experiments.manifest import peak_resident_bytes
+
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
@@ -94,20 +96,6 @@ def _grown(
         call()
     peak = peak_resident_bytes()
     return peak - before if peak > start_up else None
-
-
-def peak_resident_bytes() -> int:
-    """Largest resident memory of this process so far.
-
-    Linux: from /proc, because there getrusage also counts what the parent held when it forked.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        lines = status.read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def check_counts(**counts: int) -> None:

@@ -134,31 +134,12 @@ def can_step(x: Tensor, weight: Tensor, backend: str = "auto") -> bool:
     )
 
 
-@torch.library.custom_op("rwkv_parity::time_mix_step", mutates_args=(), device_types="cuda")
-def time_mix_step(
-    x: Tensor,
-    previous: Tensor,
-    mixes: list[Tensor],
-    weights: list[Tensor],
-    w: Tensor,
-    u: Tensor,
-    state: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """`cuda.time_mix_step`: one token through RWKV-4's time-mix but for its output projection."""
-    return cuda.time_mix_step(x, previous, mixes, weights, w, u, state)
-
-
-@time_mix_step.register_fake
-def _(
-    x: Tensor,
-    previous: Tensor,
-    mixes: list[Tensor],
-    weights: list[Tensor],
-    w: Tensor,
-    u: Tensor,
-    state: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(state)
+time_mix_step = torch.library.custom_op(
+    "rwkv_parity::time_mix_step", cuda.time_mix_step, mutates_args=(), device_types="cuda"
+)
+time_mix_step.register_fake(
+    lambda x, previous, mixes, weights, w, u, state: (torch.empty_like(x), torch.empty_like(state))
+)
 
 
 def wkv_reference(

@@ -144,6 +144,13 @@ def test_one_token_against_float64(emulated_gpu: Any) -> None:
     torch.testing.assert_close(after.double(), last, rtol=1e-5, atol=1e-6)
 
 
+def test_one_token_on_meta_tensors() -> None:
+    x, state = torch.empty(2, 8, device="meta"), torch.empty(2, 3, 8, device="meta")
+    vector, matrix = x[0], torch.empty(8, 8, device="meta")
+    out, after = rwkv4.time_mix_step(x, x, [vector] * 3, [matrix] * 3, vector, vector, state)
+    assert (out.shape, after.shape) == (x.shape, state.shape)
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_every_barrier_is_needed(tmp_path: Path, emulated_gpu: Any) -> None:
