@@ -73,12 +73,13 @@ def _launch(
     name: str, like: Tensor, grid: tuple[int, int], block: tuple[int, int], arguments: list[int]
 ) -> None:
     """Run a kernel for the dtype and on the device of `like`; every argument is 64 bits wide."""
-    from cuda.core import LaunchConfig, Stream, launch
+    from cuda.core import Device, LaunchConfig, launch
 
     index = like.get_device()
     kernel = _kernel(name, like.dtype, index)
     with torch.cuda.device(index):
-        stream = Stream.from_handle(torch.cuda.current_stream(index).cuda_stream)
+        Device(index).set_current()  # a thread of autograd's may have no context yet
+        stream = torch.cuda.current_stream(index)
         launch(stream, LaunchConfig(grid=grid, block=block), kernel, *map(c_int64, arguments))
 
 
