@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -28,15 +28,19 @@ EXECUTION_KEYS = (
     "model.net.grad_checkpoint",
     "model.net.wkv_backend",
 )
+# So may these, as long as gradients flow from chunk to chunk; cut off, they are others.
+CHUNK_KEYS = ("chunk_len", "backprop")
 # Chosen by the directory itself, so they do not appear in the last part of its name.
 NAMED_BY_PATH = ("suite", "model", "experiment", "seed")
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 LOSSES = ("full", "chunked")
-# key: (type, least value, whether the least itself is allowed); null is allowed for n_threads alone
+BACKPROPS = ("full", "truncated")
+# key: (type, least value, whether the least itself is allowed)
 NUMBERS: dict[str, tuple[type, float, bool]] = {
     "seed": (int, 0, True),
     "ctx_len": (int, 1, True),
+    "chunk_len": (int, 1, True),
     "batch_size": (int, 1, True),
     "micro_batch_size": (int, 1, True),
     "budget_tokens": (float, 0, False),
@@ -51,13 +55,14 @@ NUMBERS: dict[str, tuple[type, float, bool]] = {
     "optim.grad_clip": (float, 0, True),
     "optim.max_logit_penalty": (float, 0, True),
 }
+NULLABLE = ("chunk_len", "n_threads")
 
 
 def check_config(cfg: DictConfig) -> None:
     """Raise ValueError for the first value that no run could be trained with."""
     for key, (kind, least, inclusive) in NUMBERS.items():
         value = OmegaConf.select(cfg, key)
-        if key == "n_threads" and value is None:
+        if key in NULLABLE and value is None:
             continue
         is_number = isinstance(value, int if kind is int else (int, float))
         if isinstance(value, bool) or not is_number or not math.isfinite(value):
@@ -75,9 +80,12 @@ def check_config(cfg: DictConfig) -> None:
         or not all(isinstance(b, float | int) and 0 <= b < 1 for b in betas)
     ):
         raise ValueError(f"optim.betas is {betas}: it must be two numbers from 0 to below 1")
-    for key, allowed in (("precision", PRECISIONS), ("loss", LOSSES)):
-        if cfg[key] not in allowed:
-            raise ValueError(f"{key} is {cfg[key]!r}: choose {', '.join(allowed)}")
+    for key, allowed in (("precision", PRECISIONS), ("loss", LOSSES), ("backprop", BACKPROPS)):
+        value = cfg.get(key, "full")  # runs of earlier versions have no backprop
+        if value not in allowed:
+            raise ValueError(f"{key} is {value!r}: choose {', '.join(allowed)}")
+    if cfg.get("backprop") == "truncated" and cfg.get("chunk_len") is None:
+        raise ValueError("backprop=truncated cuts gradients between chunks: set chunk_len")
     step_count(cfg)
 
 
@@ -96,12 +104,22 @@ def step_count(cfg: DictConfig) -> int:
     return int(cfg.budget_tokens) // tokens_per_step
 
 
-def run_tag(overrides: Sequence[str], seed: int) -> str:
-    """The last part of a run's path: the seed and every override that changes what is computed."""
+def execution_keys(config: Mapping[Any, Any]) -> tuple[str, ...]:
+    """The keys of a config that do not change what is computed, but for rounding."""
+    truncated = config.get("backprop", "full") == "truncated"
+    return EXECUTION_KEYS if truncated else (*EXECUTION_KEYS, *CHUNK_KEYS)
+
+
+def run_tag(overrides: Sequence[str], seed: int, execution: Sequence[str] = EXECUTION_KEYS) -> str:
+    """The last part of a run's path: the seed and every override that changes what is computed.
+
+    Args:
+        execution: the config's `execution_keys`.
+    """
     kept = []
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
-        if key in NAMED_BY_PATH or key.startswith("hydra") or covers(EXECUTION_KEYS, key):
+        if key in NAMED_BY_PATH or key.startswith("hydra") or covers(execution, key):
             continue
         kept.append(f"{key}={canonical(value)}")
     tag = ",".join(sorted(kept))
@@ -152,16 +170,18 @@ def config_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     A key that only one of them has is of another version of this suite, and no difference.
     """
     a, b = flatten(old), flatten(new)
+    execution = set(execution_keys(old)) & set(execution_keys(new))
     return [
         f"{key}: {a[key]} -> {b[key]}"
         for key in sorted(a.keys() & b.keys())
-        if a[key] != b[key] and not covers(EXECUTION_KEYS, key)
+        if a[key] != b[key] and not covers(tuple(execution), key)
     ]
 
 
 def config_hash(config: dict[str, Any]) -> str:
     """Hash of what a config computes (execution keys left out), 16 hex digits."""
-    rows = {k: v for k, v in flatten(config).items() if not covers(EXECUTION_KEYS, k)}
+    execution = execution_keys(config)
+    rows = {k: v for k, v in flatten(config).items() if not covers(execution, k)}
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 

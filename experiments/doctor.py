@@ -1,232 +1,233 @@
-"""What is here, which WKV rung is live and why not a better one, and whether training can run.
+"""Can this machine train? One screen of what is here, what is not and why, and what was tried.
 
-``python -m experiments.doctor`` prints one screen. Exit code 0 only if a training step of both
-families works on the device that training would take.
+Exit code 0 if training can run, 1 if a self-test failed.
 """
 
+import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
-import socket
-import statistics
+import subprocess
 import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from urllib.parse import urlparse
 
+import torch
 from omegaconf import DictConfig
+from tqdm import tqdm
 
-from experiments.entry import RunFailed, entry, one_line
+from experiments import self_test
+from experiments.bench_measure import check_counts
+from experiments.entry import RunFailed, entry
+from experiments.manifest import device_name
+from experiments.self_test import DTYPES, TOLERANCES, Rung
+from models.ops import build
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}  # relative RMS to float64, as in the tests
-PACKAGES = ("torch", "lightning", "hydra-core", "lm_eval", "pandas")
-OPTIONAL = {  # distribution: what it is for, and the extra it comes with
-    "cuda-core": ("fused WKV on NVIDIA GPUs", "cuda"),
-    "transformers": ("comparisons in bench=train and bench=wkv", "dev"),
-    "tensorboard": ("logger=tensorboard", "tensorboard"),
-    "wandb": ("logger=wandb", "wandb"),
-    "mlflow": ("logger=mlflow", "mlflow"),
-    "hydra-submitit-launcher": ("hydra/launcher=slurm", "slurm"),
-}
+NEEDED = ("torch", "lightning", "hydra-core", "lm-eval")
+OPTIONAL = (
+    "transformers",
+    "cuda-core",
+    "wandb",
+    "tensorboard",
+    "mlflow",
+    "hydra-submitit-launcher",
+)
 HUB_TIMEOUT_S = 2.0
-Line = tuple[str, str]  # a heading and what it says
+
+
+def versions(packages: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """ "package version" of those that are installed, and the names of those that are not."""
+    found, absent = [], []
+    for package in packages:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            absent.append(package)
+    return found, absent
+
+
+def devices() -> dict[torch.device, str]:
+    """The CPU and the first GPU of each kind, with what they are called."""
+    n_threads = torch.get_num_threads()
+    capability = torch.backends.cpu.get_cpu_capability()
+    cpu = (
+        f"{device_name(torch.device('cpu'))}, {n_threads} of {os.cpu_count()} threads, {capability}"
+    )
+    found = {torch.device("cpu"): cpu}
+    kinds: dict[str, list[int]] = {}
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        named = f"{about.name}, {about.total_memory / 2**30:.0f} GiB"
+        kinds.setdefault(named, []).append(index)
+    for named, indices in kinds.items():
+        alike = f" ({len(indices)} of them)" if len(indices) > 1 else ""
+        found[torch.device("cuda", indices[0])] = named + alike
+    return found
+
+
+def hub(timeout_s: float = HUB_TIMEOUT_S) -> str:
+    """Whether a hub of models and data sets can be reached."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "offline by HF_HUB_OFFLINE"
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    answer = f"{address} does not answer within {timeout_s:g} s"
+
+    def ask() -> None:
+        nonlocal answer
+        try:
+            request = urllib.request.Request(address, method="HEAD")
+            with urllib.request.urlopen(request, timeout=timeout_s):
+                answer = f"{address} answers"
+        except urllib.error.HTTPError as error:
+            answer = f"{address} answers with HTTP {error.code}"
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            answer = f"{address} cannot be reached ({self_test.one_line(Exception(reason))})"
+
+    # looking a name up knows no timeout, so it is left behind where it takes too long
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return answer
+
+
+def compiler() -> str:
+    """The C++ compiler that builds the kernels, or why there is none."""
+    try:
+        command = build._compiler()
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=10)
+    except (build.BuildError, OSError, subprocess.SubprocessError) as error:
+        return self_test.one_line(error)
+    return f"{shlex.join(command)}: {(done.stdout.strip() or 'no version').splitlines()[0]}"
+
+
+def cache() -> str:
+    """Whether built kernels can be kept."""
+    try:
+        folder = build._cache_folder()
+        with tempfile.TemporaryFile(dir=folder):
+            return f"{short(folder)} is writable"
+    except OSError as error:
+        return f"not writable, so each process compiles anew ({self_test.one_line(error)})"
+
+
+def disk(runs: Path) -> str:
+    """Free space where runs are kept."""
+    there = runs.absolute()
+    while not there.exists():
+        there = there.parent
+    return f"{shutil.disk_usage(there).free / 2**30:.0f} GiB free for {short(runs)}"
+
+
+def short(path: Path) -> str:
+    """A path with ~ for the home folder."""
+    home = os.path.expanduser("~")
+    return str(path).replace(home, "~", 1) if str(path).startswith(home + os.sep) else str(path)
+
+
+def row(name: str, text: str) -> str:
+    """A line of the screen: a name, and what there is to say, 100 characters in all."""
+    line = f"{name:<12}{text}".rstrip()
+    return line if len(line) <= 100 else line[:99] + "…"
+
+
+def speed_row(device: torch.device) -> str:
+    """How fast a device multiplies matrices and copies."""
+    try:
+        *flops, copy = self_test.rates(device)
+    except Exception as error:  # a driver's, or out of memory
+        return row(str(device), f"FAILED: {self_test.one_line(error)}")
+    cells = "".join(f"{f'{value / 1e9:,.0f} GFLOP/s':<18}" for value in flops)
+    return row(str(device), f"{cells}{copy / 1e9:,.0f} GB/s")
+
+
+def rung_row(device: torch.device, rung: Rung, live: str) -> str:
+    """What one rung did on a device, or why it cannot be had."""
+    if rung.missing or rung.broken:
+        why = rung.missing or f"FAILED: {rung.broken}"
+        return row(str(device), f"{rung.name:<11}{why}")
+    cells = ""
+    for error, limit, seconds in zip(rung.errors, TOLERANCES.values(), rung.seconds, strict=True):
+        verdict = "ok" if error <= limit else "FAILED"
+        cells += f"{f'{error:.1e} {verdict}':<16}{1000 * seconds:7.1f} ms  "
+    return row(str(device), f"{rung.name:<11}{cells}{'live' if rung.name == live else ''}")
+
+
+def machine(runs: Path) -> Iterator[str]:
+    """What is installed and what is at hand."""
+    found, absent = versions(NEEDED)
+    yield row("versions", ", ".join([f"python {platform.python_version()}", *found]))
+    if absent:
+        yield row("", f"MISSING: {', '.join(absent)}")
+    found, absent = versions(OPTIONAL)
+    yield row("optional", ", ".join(found) or "none")
+    if absent:
+        yield row("", f"not installed: {', '.join(absent)}")
+    yield row("compiler", compiler())
+    yield row("kernels", cache())
+    yield row("hub", hub())
+    yield row("disk", disk(runs))
+
+
+def examine(runs: Path) -> tuple[list[str], list[str]]:
+    """The screen's lines, and what of it keeps training from running."""
+    here = devices()
+    lines: list[str] = []
+    failures: list[str] = []
+    with tqdm(total=1 + 4 * len(here), disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def now(what: str) -> None:
+            bar.set_postfix_str(what)
+            bar.update()
+
+        now("compiler, hub, disk")
+        lines += machine(runs)
+        lines += [row(str(device), text) for device, text in here.items()]
+        if not torch.cuda.is_available():
+            built = "PyTorch finds no GPU" if torch.version.cuda else "this PyTorch is without CUDA"
+            lines.append(row("cuda", built))
+        lines += ["", row("speed", "float32 matmul    bfloat16 matmul   copy (read + written)")]
+        for device in here:
+            now(f"speed of {device}")
+            lines.append(speed_row(device))
+        heads = "".join(f"{str(dtype)[6:]:<28}" for dtype in DTYPES)
+        lines += ["", row("WKV", f"{'rung':<11}{heads}")]
+        for device in here:
+            now(f"WKV on {device}")
+            live, rungs = self_test.rungs(device)
+            lines += [rung_row(device, rung, live) for rung in rungs]
+            failures += [f"WKV rung {rung.name} on {device}" for rung in rungs if not rung.ok]
+            if live == "torch":
+                lines.append(row("", f"RWKV on {device} takes the torch rung: right, but slower"))
+        limits = " and ".join(f"{limit:g}" for limit in TOLERANCES.values())
+        lines += [row("", f"worst relative RMS error of outputs and gradients (ok: {limits}), ms")]
+        lines.append("")
+        for device in here:
+            for family in self_test.TOYS:
+                now(f"a step of {family} on {device}")
+                wrong = self_test.step(family, device)
+                said = f"FAILED: {wrong}" if wrong else "an optimizer step works"
+                lines.append(row(str(device), f"{family:<11}{said}"))
+                failures += [f"a step of {family} on {device} ({wrong})"] if wrong else []
+    return lines, failures
 
 
 @entry("doctor")
 def main(cfg: DictConfig) -> None:
-    import torch
-
     if cfg.n_threads is not None:
+        check_counts(n_threads=cfg.n_threads)
         torch.set_num_threads(cfg.n_threads)
-    problems: list[str] = []
-    last = ""
-    for heading, text in examine(Path(cfg.paths.runs), problems):
-        print(f"{heading if heading != last else '':<10}{text}", flush=True)
-        last = heading
-    if problems:
-        raise RunFailed("training cannot run: " + "; ".join(problems))
-    print("ready     training can run", flush=True)
-
-
-def examine(runs: Path, problems: list[str]) -> Iterator[Line]:
-    """All lines of the screen, each as soon as it is known; what forbids training -> problems."""
-    yield from versions()
-    devices = training_devices()
-    for show in (machine, partial(rungs, problems=problems)):
-        for device in devices:
-            yield from show(device)
-    yield from kernels()
-    yield from optional()
-    yield "hub", hub()
-    free = shutil.disk_usage(
-        next(p for p in (runs.absolute(), *runs.absolute().parents) if p.exists())
-    )
-    yield "disk", f"{free.free / 2**30:.0f} GiB free for {runs}/"
-    for family in ("rwkv4", "gpt"):
-        yield from training_step(family, devices[-1], problems)
-
-
-def training_devices() -> list[str]:
-    """The CPU and every GPU; training takes the last."""
-    import torch
-
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return ["cpu", *(f"cuda:{i}" for i in reversed(range(n_gpus)))]
-
-
-def versions() -> Iterator[Line]:
-    """Of Python and the packages that training needs."""
-    found = [f"python {platform.python_version()}"]
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            found.append(f"{name} MISSING")
-    yield "versions", ", ".join(found)
-
-
-def machine(device: str) -> Iterator[Line]:
-    """A device and its measured rates: matrix products of 2048, copies of 256 MiB."""
-    import psutil
-    import torch
-
-    from experiments.bench_measure import interleaved
-    from experiments.bench_wkv import finished
-    from experiments.manifest import device_name
-
-    if device == "cpu":
-        size = psutil.virtual_memory().total
-        more = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    else:
-        size = torch.cuda.get_device_properties(device).total_memory
-        major, minor = torch.cuda.get_device_capability(device)
-        more = f"sm_{major}{minor}, CUDA {torch.version.cuda}"
-    name = device_name(torch.device(device))
-    yield "device", f"{device}: {name}, {more}, {size / 2**30:.0f} GiB"
-    n = 2048
-    source = torch.zeros(2**26, device=device)
-    candidates = {"copy": finished(partial(torch.empty_like(source).copy_, source), device)}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(n, n, device=device, dtype=dtype)
-        candidates[str(dtype)] = finished(partial(torch.mm, a, a), device)
-    seconds = {k: statistics.median(s) for k, s in interleaved(candidates, 3, warmup=1).items()}
-    products = " and ".join(
-        f"{2 * n**3 / seconds[str(dtype)] / 1e9:,.0f} GFLOP/s in {str(dtype).split('.')[1]}"
-        for dtype in (torch.float32, torch.bfloat16)
-    )
-    copied = 2 * 4 * source.numel() / seconds["copy"] / 1e9
-    yield "", f"{device}: matrix products {products}, copies {copied:,.0f} GB/s (read + write)"
-
-
-def rungs(device: str, problems: list[str]) -> Iterator[Line]:
-    """Every WKV rung on a device: tested against float64 and timed, or why it cannot be had.
-
-    Forward and backward of (B, T, C) = (2, 256, 256), float32.
-    """
-    import warnings
-
-    import torch
-
-    from experiments.bench_measure import interleaved
-    from experiments.bench_wkv import calls, worst_error
-    from models.ops.wkv import BACKENDS, live_backend
-
-    with warnings.catch_warnings():  # the reason stands in the table
-        warnings.simplefilter("ignore")
-        live = live_backend(device)
-    heading = f"WKV {device.replace(':', '')}"
-    for backend in BACKENDS[1:]:
-        try:
-            live_backend(device, backend)
-        except ValueError as error:
-            yield heading, f"{backend:<10} no    {str(error).partition(': ')[2]}"
-            continue
-        try:
-            errors = {x: worst_error(backend, getattr(torch, x), device) for x in TOLERANCE}
-            both = calls((2, 256, 256), torch.float32, device, backend)["both"]
-            took = f"{statistics.median(interleaved({'': both}, 3)['']) * 1e3:.1f} ms"
-        except Exception as error:  # of a driver, a compiler, a broken library
-            errors, took = {}, one_line(error)
-        right = bool(errors) and all(errors[x] < TOLERANCE[x] for x in TOLERANCE)
-        tested = ", ".join(f"{x} {e:.0e}" for x, e in errors.items())
-        state = "live" if backend == live else "ok" if right else ""
-        verdict = f"errors {tested}; {took}" if right else f"FAILED: {tested} {took}"
-        yield heading, f"{backend:<10} {state:<5} {verdict}"
-        if not right and backend == live:
-            problems.append(f"the WKV backend {backend!r} gives wrong results on {device}")
-
-
-def kernels() -> Iterator[Line]:
-    """The host's compiler, and where compiled kernels are kept."""
-    from models.ops import build
-
-    try:
-        compiler = " ".join(build._compiler())
-        yield "compiler", f"{shutil.which(build._compiler()[0])} ({compiler})"
-    except build.BuildError as error:
-        yield "compiler", str(error)
-    try:
-        folder = build._cache_folder()
-        writable = os.access(folder, os.W_OK)
-        yield "cache", f"{folder}" + ("" if writable else ": not writable, kernels are built anew")
-    except OSError as error:
-        yield "cache", f"none, kernels are built anew at each start: {one_line(error)}"
-
-
-def optional() -> Iterator[Line]:
-    """Packages that only some commands need."""
-    for name, (purpose, extra) in OPTIONAL.items():
-        try:
-            yield "optional", f"{name} {version(name)} ({purpose})"
-        except PackageNotFoundError:
-            yield "optional", f"{name} no ({purpose}): pip install -e '.[{extra}]'"
-
-
-def hub() -> str:
-    """Whether the Hugging Face Hub answers; task sets other than cloze need it, or its cache."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "offline by HF_HUB_OFFLINE"
-    address = urlparse(constants.ENDPOINT)
-    try:
-        port = address.port or (443 if address.scheme == "https" else 80)
-        socket.create_connection((address.hostname, port), HUB_TIMEOUT_S).close()
-        return f"{address.hostname} answers"
-    except OSError as error:
-        return f"{address.hostname} does not answer ({one_line(error)}): only local data and tasks"
-
-
-def training_step(family: str, device: str, problems: list[str]) -> Iterator[Line]:
-    """One optimizer step of a toy model: the loss is finite, falls, and reaches every parameter."""
-    import torch
-
-    from experiments.bench_train import TOY, build_model
-
-    try:
-        torch.manual_seed(0)
-        model, loss = build_model(family, **TOY)
-        model.to(device)
-        tokens = torch.randint(TOY["vocab_size"], (2, TOY["ctx_len"] + 1), device=device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        losses = []
-        for _ in range(2):
-            nats = loss(tokens[:, :-1], tokens[:, 1:])
-            optimizer.zero_grad()
-            nats.backward()
-            optimizer.step()
-            losses.append(float(nats.detach()))
-        unreached = [name for name, p in model.named_parameters() if p.grad is None]
-        if unreached or not losses[1] < losses[0] < float("inf"):
-            raise ValueError(f"losses {losses}, no gradient for {unreached or 'none'}")
-        text = f"{family} on {device}: a step works, loss {losses[0]:.3f} -> {losses[1]:.3f}"
-        yield "training", text
-    except Exception as error:
-        problems.append(f"a step of {family} fails on {device}: {one_line(error)}")
-        yield "training", f"{family} on {device}: FAILED"
+    lines, failures = examine(Path(cfg.paths.runs))
+    print("\n".join(lines), flush=True)
+    if failures:
+        raise RunFailed(f"training cannot be trusted here: {'; '.join(failures)}")
+    print("\ntraining can run", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -135,6 +135,8 @@ def build(
         penalty=cfg.optim.max_logit_penalty,
         grad_clip=cfg.optim.grad_clip,
         token_bytes=None if token_bytes is None else torch.as_tensor(token_bytes.astype("int64")),
+        chunk_len=cfg.get("chunk_len"),  # runs of earlier versions have neither
+        truncated=cfg.get("backprop") == "truncated",
     )
     if cfg.compile:
         for block in module.model.blocks:
@@ -248,8 +250,8 @@ def explain(error: Exception, run: RunDir) -> str:
         return f"{error}; {kept}lower optim.peak_lr={cfg.optim.peak_lr} or use precision=32-true"
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"out of memory: halve micro_batch_size={cfg.micro_batch_size}, set loss=chunked "
-            "or ++model.net.grad_checkpoint=true"
+            f"out of memory: halve micro_batch_size={cfg.micro_batch_size}, set loss=chunked, "
+            f"chunk_len={max(1, cfg.ctx_len // 4)} or ++model.net.grad_checkpoint=true"
         )
     return one_line(error)
 

@@ -10,10 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.language_model import LanguageModel
+from models.language_model import LanguageModel, State
 
 IGNORE = -100  # targets that do not count
 CHUNK = 256  # positions whose logits loss=chunked holds at once: 50 MB at a vocabulary of 50k
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 if its dtype is a narrower one."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def cross_entropy(
@@ -27,16 +32,17 @@ def cross_entropy(
         reduction: "mean" or "sum".
 
     Returns:
-        The loss, float32; and the logits (B*T, V), None where they are not held.
+        The loss, float32 (float64 where the features are); and the logits (B*T, V), None where
+        they are not held.
     """
     x, targets = x.flatten(0, 1), targets.flatten()
     if loss == "full":
         logits = head(x)
-        nats = F.cross_entropy(logits.float(), targets, reduction=reduction, ignore_index=IGNORE)
+        nats = F.cross_entropy(wide(logits), targets, reduction=reduction, ignore_index=IGNORE)
         return nats, logits
 
     def part(x: Tensor, targets: Tensor) -> Tensor:
-        logits = head(x).float()
+        logits = wide(head(x))
         return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE)
 
     # each chunk's logits are made again in the backward pass
@@ -60,11 +66,11 @@ def max_logit_penalty(x: Tensor, head: nn.Linear, logits: Tensor | None) -> Tens
         logits: (B*T, V), or None: then found again, in chunks.
     """
     if logits is not None:
-        return logits.max(-1).values.float().square().mean()  # of equal ones, one gets it all
+        return wide(logits.max(-1).values).square().mean()  # of equal ones, one gets it all
     x = x.flatten(0, 1)
     with torch.no_grad():
         largest = torch.cat([head(part).argmax(-1) for part in x.split(CHUNK)])  # (B*T,)
-    z_max = (x.float() * head.weight[largest].float()).sum(-1)
+    z_max = (wide(x) * wide(head.weight[largest])).sum(-1)
     return z_max.square().mean()
 
 
@@ -80,6 +86,8 @@ class LitLM(L.LightningModule):
         penalty: weight of the max-logit penalty (0: none).
         grad_clip: largest gradient norm (0: no clipping).
         token_bytes: (V,) bytes each token stands for; None if unknown.
+        chunk_len: tokens of a sequence whose activations are held at once; None: all of them.
+        truncated: cut the gradient between chunks, instead of letting it flow through the state.
     """
 
     def __init__(
@@ -92,6 +100,8 @@ class LitLM(L.LightningModule):
         penalty: float = 0.0,
         grad_clip: float = 1.0,
         token_bytes: Tensor | None = None,
+        chunk_len: int | None = None,
+        truncated: bool = False,
     ) -> None:
         super().__init__()
         if loss not in ("full", "chunked"):
@@ -103,6 +113,8 @@ class LitLM(L.LightningModule):
         self.loss = loss
         self.penalty = penalty
         self.grad_clip = grad_clip
+        self.chunk_len = chunk_len
+        self.truncated = truncated
         self.micro_losses: list[
             Tensor
         ] = []  # of the optimizer step at hand; the run log empties it
@@ -114,12 +126,48 @@ class LitLM(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         ids, targets = batch  # (B, T) both
+        nats, squares = (self.in_chunks if self.is_long(ids) else self.at_once)(ids, targets)
+        self.micro_losses.append(nats.detach())
+        return nats if squares is None else nats + self.penalty * squares
+
+    def is_long(self, ids: Tensor) -> bool:
+        """Whether ids (B, T) are to be read in chunks."""
+        return self.chunk_len is not None and ids.shape[1] > self.chunk_len
+
+    def at_once(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean nats over the targets (B, T), and the max-logit penalty if it has a weight."""
         x, _ = self.model.features(ids)
         nats, logits = cross_entropy(x, self.model.head, targets, self.loss)
-        self.micro_losses.append(nats.detach())
-        if self.penalty:
-            return nats + self.penalty * max_logit_penalty(x, self.model.head, logits)
-        return nats
+        return nats, max_logit_penalty(x, self.model.head, logits) if self.penalty else None
+
+    def in_chunks(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `at_once`, holding the states between chunks and the activations of one chunk.
+
+        Each chunk is run again in the backward pass, from the state that it started with.
+        """
+        state: State | None = self.model.init_state(len(ids))
+        parts = []
+        for chunk in zip(*(x.split(self.chunk_len, 1) for x in (ids, targets)), strict=True):
+            assert state is not None
+            if self.truncated:
+                state = {name: value.detach() for name, value in state.items()}
+            # nothing in a model draws random numbers, so their state need not be kept
+            *sums, state = checkpoint(
+                self.sums, *chunk, state, use_reentrant=False, preserve_rng_state=False
+            )
+            parts.append(torch.stack(sums))
+        nats, *squares = torch.stack(parts).sum(0)
+        n_targets = (targets != IGNORE).sum()
+        return nats / n_targets, squares[0] / ids.numel() if squares else None
+
+    def sums(self, ids: Tensor, targets: Tensor, state: State) -> tuple[Tensor | State | None, ...]:
+        """Of one chunk: nats, with a penalty its sum over positions, and the state after it."""
+        x, after = self.model.features(ids, state)
+        nats, logits = cross_entropy(x, self.model.head, targets, self.loss, "sum")
+        if not self.penalty:
+            return nats, after
+        squares = max_logit_penalty(x, self.model.head, logits) * ids.numel()
+        return nats, squares, after
 
     def configure_gradient_clipping(
         self,
@@ -154,10 +202,13 @@ class LitLM(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         ids, targets = batch  # (B, T) both
-        x, _ = self.model.features(ids)
         counted = targets[targets != IGNORE]
-        nats, _ = cross_entropy(x, self.model.head, targets, self.loss, "sum")
-        self.val_sums[0] += float(nats)
+        state = self.model.init_state(len(ids)) if self.is_long(ids) else None
+        length = ids.shape[1] if state is None else self.chunk_len
+        for part, wanted in zip(ids.split(length, 1), targets.split(length, 1), strict=True):
+            x, state = self.model.features(part, state)
+            nats, _ = cross_entropy(x, self.model.head, wanted, self.loss, "sum")
+            self.val_sums[0] += float(nats)
         self.val_sums[1] += counted.numel()
         if self.token_bytes is not None:
             self.val_sums[2] += int(self.token_bytes[counted].sum())

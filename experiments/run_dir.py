@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.config import check_targets, config_difference, make, plain, run_tag
+from experiments.config import (
+    check_targets,
+    config_difference,
+    execution_keys,
+    make,
+    plain,
+    run_tag,
+)
 
 if TYPE_CHECKING:
     from models.language_model import LanguageModel
@@ -80,7 +87,7 @@ class RunDir:
             Path(frozen["paths"]["runs"])
             / frozen["suite"]
             / frozen["model"]["name"]
-            / run_tag(overrides, frozen["seed"])
+            / run_tag(overrides, frozen["seed"], execution_keys(frozen))
         )
         if not (path / "config.yaml").is_file():
             write_text(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(frozen)))

@@ -324,6 +324,19 @@ def test_bf16_and_chunked_and_checkpointing_train_alike(
         assert other.result["val/loss"] == pytest.approx(plain.result["val/loss"], rel=0.03)
 
 
+def test_the_wkv_backend_is_a_key(freeze: Callable[..., RunDir]) -> None:
+    torch_rung = freeze("model=rwkv4_nano", "model.net.wkv_backend=torch")
+    fit(torch_rung)
+    assert torch_rung.manifest["wkv_backend"] == "torch"
+    assert "wkv_backend" not in torch_rung.path.name  # how, not what
+    for name, message in (("cuda", "'cuda' cannot be had: "), ("nosuch", "backend 'nosuch': use")):
+        other = freeze("model=rwkv4_nano", f"model.net.wkv_backend={name}", runs=name)
+        with pytest.raises(ValueError, match=message) as error:
+            attempt(other)
+        assert "\n" not in str(error.value)
+        assert not other.manifest  # nothing was trained
+
+
 def test_other_loggers_get_the_same_rows(freeze: Callable[..., RunDir]) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = freeze("logger=tensorboard")
@@ -543,7 +556,15 @@ def test_kill_minus_nine_then_the_same_command(tmp_path: Path, text: Path) -> No
 
 @pytest.mark.slow
 def test_command_line_errors_are_one_line(tmp_path: Path, text: Path) -> None:
-    for overrides in (["modell=x"], ["model=rwkv5"], ["nosuch=1"], ["budget_tokens=1"]):
+    for overrides in (
+        ["modell=x"],
+        ["model=rwkv5"],
+        ["nosuch=1"],
+        ["budget_tokens=1"],
+        ["backprop=truncated"],
+        ["model.net.wkv_backend=cuda"],  # not on a CPU
+        ["model.net.wkv_backend=cpu", "model=gpt_nano"],
+    ):
         done = subprocess.run(
             command(tmp_path, text, *overrides), cwd=ROOT, capture_output=True, text=True
         )
