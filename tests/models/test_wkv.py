@@ -262,6 +262,20 @@ def test_threads_share_long_sequences(threads: int, T: int, C: int, rung: str) -
 
 
 @pytest.mark.parametrize("rung", ["cpu"], indirect=True)
+def test_segments_of_nothing_but_padding(rung: str) -> None:
+    w, u, k, v, _ = (x.float() for x in make(1, 1500, 5))
+    k[:, :900] = -1e38
+    expected = wkv(w, u, k[:, 900:], v[:, 900:], backend=rung)
+    torch.set_num_threads(4)
+    try:
+        y, state = wkv(w, u, k, v, backend=rung)
+    finally:
+        torch.set_num_threads(1)
+    torch.testing.assert_close(y[:, 900:], expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state, expected[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rung", ["cpu"], indirect=True)
 def test_gradcheck_of_segments(rung: str) -> None:
     torch.set_num_threads(2)
     try:

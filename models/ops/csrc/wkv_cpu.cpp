@@ -1,10 +1,10 @@
 // The WKV recurrence of wkv.h over (B, T, C) arrays on a CPU, behind a C interface for ctypes.
 //
 // A tile is one batch row and up to WIDTH channels: the compiler turns the loop over its channels
-// into vector code. A thread takes a group of neighbouring tiles and goes through them BLOCK steps at
-// a time, so that it reads whole stretches of memory. Where groups are fewer than threads, T is cut
-// into segments too: each is reduced on its own, the states before them are combined, then each is
-// applied; backward once more for the adjoints. All arrays are contiguous.
+// into vector code. A thread takes a group of neighbouring tiles and goes through them a chunk of
+// steps at a time, so that it reads whole stretches of memory. Where groups are fewer than threads,
+// T is cut into segments too: each is reduced on its own, the states before them are combined, then
+// each is applied; backward once more for the adjoints. All arrays are contiguous.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -30,16 +30,19 @@ using wkv::store;
 constexpr int64_t WIDTH = 64;      // most channels of a tile
 constexpr int64_t NARROW = 32;     // least where threads lack work; fewer yet wait on each other
 constexpr int64_t TILES = 12;      // most tiles of a group
-constexpr int64_t CHUNK = 16;      // steps whose states the backward pass holds at once
-constexpr int64_t BLOCK = 32;      // steps of a tile before its neighbour's turn; whole chunks
-constexpr int64_t SEGMENT = 256;   // least steps that are worth a segment
+constexpr int64_t CHUNK = 32;      // steps before the next tile's turn; backward holds their states
 constexpr int64_t AHEAD = 4;       // steps that memory is asked for in advance
+constexpr int64_t SEGMENT = 256;   // least steps that are worth a segment
+constexpr int64_t ERRAND = 128;    // steps of a tile that are worth waking a thread
 
-// A tile's rows lie C apart, often a page each, which no hardware prefetcher follows.
-template <int WRITE, typename IO>
-WKV_FN void prefetch(const IO* row, int64_t n) {
+// Asks for a row of a tile that is needed soon: rows lie C apart, often a page each, which no
+// hardware prefetcher follows. NEAR: into the first level of the cache, too small for a chunk.
+template <bool NEAR, typename IO>
+WKV_FN void prefetch(const IO* row, int64_t n_channels) {
   constexpr int64_t LINE = 64 / int64_t(sizeof(IO));
-  for (int64_t c = 0; c < n; c += LINE) __builtin_prefetch(row + c, WRITE);
+  const int64_t n = std::min(n_channels, WIDTH);  // known, it lets loops unroll
+  for (int64_t c = 0; c < n; c += LINE) __builtin_prefetch(row + c, 0, NEAR ? 3 : 2);
+  __builtin_prefetch(row + n - 1, 0, NEAR ? 3 : 2);  // rows need not begin with a line
 }
 
 // State and adjoint of a tile, channels side by side.
@@ -66,10 +69,12 @@ struct Arrays {  // what both directions read
 
 // How the work is cut: a unit is a batch row and a group of tiles.
 struct Plan {
-  int64_t T, C, width, group, n_groups, n_units, segment, n_segments;
+  int64_t T, C, n_threads, width, group, n_tiles, n_groups, n_units, segment, n_segments;
 
-  Plan(int64_t B, int64_t T, int64_t C, int64_t n_threads) : T(T), C(C) {
+  Plan(int64_t B, int64_t T, int64_t C, int64_t most_threads) : T(T), C(C) {
     const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+    const int64_t worthwhile = std::max<int64_t>(1, B * T * parts(C, WIDTH) / ERRAND);
+    n_threads = std::min(most_threads, worthwhile);
     width = WIDTH;
     while (width > NARROW && B * parts(C, width) < n_threads) width /= 2;
     // the widest groups that leave no thread idle for long
@@ -83,10 +88,11 @@ struct Plan {
         group = width * tiles;
       }
     }
+    n_tiles = group / width;
     n_groups = parts(C, group);
     n_units = B * n_groups;
     const int64_t most = T < SEGMENT ? 1 : T / SEGMENT, wanted = parts(n_threads, n_units);
-    segment = parts(parts(T, wanted < most ? wanted : most), BLOCK) * BLOCK;
+    segment = parts(parts(T, std::min(wanted, most)), CHUNK) * CHUNK;
     n_segments = parts(T, segment);
   }
 };
@@ -112,16 +118,17 @@ struct Part {
   }
 };
 
-// States or adjoints of the tiles of a unit at the borders of its segments.
+// States or adjoints of the tiles of a unit at the borders of its segments, zero at first. A single
+// segment needs none: new memory for all units at once costs more than short sequences themselves.
 template <typename X>
 struct Borders {
   int64_t n_tiles, n_borders;
-  std::unique_ptr<X[]> all;
+  std::vector<X> all;
 
   explicit Borders(const Plan& plan)
-      : n_tiles(plan.group / plan.width),
-        n_borders(plan.n_segments + 1),
-        all(new X[plan.n_units * n_borders * n_tiles]) {}
+      : n_tiles(plan.n_tiles),
+        n_borders(plan.n_segments > 1 ? plan.n_segments + 1 : 0),
+        all(plan.n_units * n_borders * n_tiles) {}
   X* at(int64_t unit, int64_t border) { return &all[(unit * n_borders + border) * n_tiles]; }
 };
 
@@ -135,6 +142,19 @@ void load_state(const Arrays<S>& a, const Part& part, TileState<S>* states) {
   });
 }
 
+// The states of a part's tiles before its first step; `ends` has them where segments are several.
+template <typename S>
+std::vector<TileState<S>> states_before(const Arrays<S>& a, const Plan& plan, const Part& part,
+                                        Borders<TileState<S>>& ends) {
+  std::vector<TileState<S>> states(plan.n_tiles);
+  if (plan.n_segments == 1) {
+    load_state(a, part, states.data());
+  } else {
+    std::copy_n(ends.at(part.unit, part.number), plan.n_tiles, states.data());
+  }
+  return states;
+}
+
 template <typename S>
 struct Forward : Arrays<S> {
   void* y;
@@ -142,14 +162,14 @@ struct Forward : Arrays<S> {
 };
 
 template <typename IO, typename S>
-void forward_rows(int64_t T, int64_t C, int64_t n_channels, const S* __restrict w, const S* __restrict u,
-                  const IO* __restrict k, const IO* __restrict v, IO* __restrict y,
-                  TileState<S>& __restrict s) {
-  const int64_t n = std::min(n_channels, WIDTH);  // known, it lets loops unroll
+void forward_rows(int64_t T, int64_t C, int64_t n_channels, const S* __restrict w,
+                  const S* __restrict u, const IO* __restrict k, const IO* __restrict v,
+                  IO* __restrict y, TileState<S>& __restrict s) {
+  const int64_t n = std::min(n_channels, WIDTH);
   for (int64_t t = 0; t < T; ++t, k += C, v += C, y += C) {
-    prefetch<0>(k + AHEAD * C, n);
-    prefetch<0>(v + AHEAD * C, n);
-    prefetch<1>(y + AHEAD * C, n);
+    prefetch<true>(k + AHEAD * C, n);
+    prefetch<true>(v + AHEAD * C, n);
+    prefetch<true>(y + AHEAD * C, n);
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) {
       State<S> x{s.num[c], s.den[c], s.top[c], s.age[c]};
@@ -165,10 +185,10 @@ void forward_rows(int64_t T, int64_t C, int64_t n_channels, const S* __restrict 
 // Brings the states of a part from its first step past its last, and writes y.
 template <typename IO, typename S = typename Scalar<IO>::type>
 void forward_part(const Forward<S>& a, const Part& part, TileState<S>* states) {
-  for (int64_t t = part.t; t < part.end_t; t += BLOCK)
+  for (int64_t t = part.t; t < part.end_t; t += CHUNK)
     part.tiles([&](int64_t i, int64_t c, int64_t n) {
       const int64_t at = (part.b * a.T + t) * a.C + c;
-      forward_rows<IO, S>(std::min(BLOCK, part.end_t - t), a.C, n, a.w + c, a.u + c,
+      forward_rows<IO, S>(std::min(CHUNK, part.end_t - t), a.C, n, a.w + c, a.u + c,
                           static_cast<const IO*>(a.k) + at, static_cast<const IO*>(a.v) + at,
                           static_cast<IO*>(a.y) + at, states[i]);
     });
@@ -207,15 +227,14 @@ struct alignas(64) TileAdjoint {  // and the sums of the gradients of w and u
   }
 };
 
-// Advances s over n_steps, keeping the state before each in `before` when that is given.
-template <typename IO, typename S>
-void replay(int64_t n_steps, int64_t C, int64_t n_channels, const S* __restrict w, const IO* __restrict k,
-            const IO* __restrict v, TileState<S>& __restrict s, TileState<S>* __restrict before) {
-  const int64_t n = std::min(n_channels, WIDTH);  // known, it lets loops unroll
+// Advances s over n_steps; calls ahead(t, s) before step t.
+template <typename IO, typename S, typename Ahead>
+void replay(int64_t n_steps, int64_t C, int64_t n_channels, const S* __restrict w,
+            const IO* __restrict k, const IO* __restrict v, TileState<S>& __restrict s,
+            const Ahead& ahead) {
+  const int64_t n = std::min(n_channels, WIDTH);
   for (int64_t t = 0; t < n_steps; ++t, k += C, v += C) {
-    prefetch<0>(k + AHEAD * C, n);
-    prefetch<0>(v + AHEAD * C, n);
-    if (before) before[t] = s;
+    ahead(t, s);
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) {
       State<S> x{s.num[c], s.den[c], s.top[c], s.age[c]};
@@ -234,18 +253,13 @@ void backward_rows(int64_t n_steps, int64_t C, int64_t n_channels, const S* __re
                    const S* __restrict u, const IO* __restrict k, const IO* __restrict v,
                    const IO* __restrict gy, IO* __restrict gk, IO* __restrict gv,
                    const TileState<S>* __restrict before, TileAdjoint<S>& __restrict g) {
-  const int64_t n = std::min(n_channels, WIDTH);  // known, it lets loops unroll
+  const int64_t n = std::min(n_channels, WIDTH);
   S gw[WIDTH] = {}, gu[WIDTH] = {};  // sums of a chunk first: fewer roundings over a long T
   for (int64_t t = n_steps - 1; t >= 0; --t) {
     const TileState<S>& s = before[t];
     const int64_t at = t * C;
-    prefetch<0>(gy + at - AHEAD * C, n);
-    prefetch<0>(k + at - CHUNK * C, n);  // the chunk before this one, which comes next
-    prefetch<0>(v + at - CHUNK * C, n);
-    if (apply) {
-      prefetch<1>(gk + at - AHEAD * C, n);
-      prefetch<1>(gv + at - AHEAD * C, n);
-    }
+    prefetch<false>(k + at - CHUNK * C, n);  // what the replay of the chunk before needs
+    prefetch<false>(v + at - CHUNK * C, n);
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) {
       Adjoint<S> x{g.num[c], g.den[c], g.p[c]};
@@ -275,15 +289,16 @@ template <typename IO, typename S = typename Scalar<IO>::type>
 void replay_part(const Arrays<S>& a, const Part& part, TileState<S>* states,
                  TileState<S>* borders) {
   const int64_t n_chunks = (part.end_t - part.t + CHUNK - 1) / CHUNK;
-  for (int64_t t = part.t; t < part.end_t; t += BLOCK)
+  for (int64_t t = part.t; t < part.end_t; t += CHUNK)
     part.tiles([&](int64_t i, int64_t c, int64_t n) {
-      for (int64_t s = t; s < std::min(t + BLOCK, part.end_t); s += CHUNK) {
-        const int64_t at = (part.b * a.T + s) * a.C + c;
-        if (borders) borders[i * n_chunks + (s - part.t) / CHUNK] = states[i];
-        replay<IO, S>(std::min(CHUNK, part.end_t - s), a.C, n, a.w + c,
-                      static_cast<const IO*>(a.k) + at, static_cast<const IO*>(a.v) + at, states[i],
-                      nullptr);
-      }
+      const int64_t at = (part.b * a.T + t) * a.C + c;
+      const IO *k = static_cast<const IO*>(a.k) + at, *v = static_cast<const IO*>(a.v) + at;
+      if (borders) borders[i * n_chunks + (t - part.t) / CHUNK] = states[i];
+      replay<IO, S>(std::min(CHUNK, part.end_t - t), a.C, n, a.w + c, k, v, states[i],
+                    [&](int64_t step, const TileState<S>&) {
+                      prefetch<true>(k + (step + AHEAD) * a.C, n);
+                      prefetch<true>(v + (step + AHEAD) * a.C, n);
+                    });
     });
 }
 
@@ -308,42 +323,46 @@ void backward_part(const Backward<S>& a, const Part& part, bool end, TileState<S
         g[i].gw[j] = x.p * s.age;
       }
     });
-  for (int64_t t = part.t + (part.end_t - part.t - 1) / BLOCK * BLOCK; t >= part.t; t -= BLOCK)
+  for (int64_t chunk = n_chunks - 1; chunk >= 0; --chunk)
     part.tiles([&](int64_t i, int64_t c, int64_t n) {
-      const int64_t block_end = std::min(t + BLOCK, part.end_t);
-      for (int64_t s = t + (block_end - t - 1) / CHUNK * CHUNK; s >= t; s -= CHUNK) {
-        const int64_t at = (part.b * a.T + s) * a.C + c, steps = std::min(CHUNK, block_end - s);
-        const IO *k = static_cast<const IO*>(a.k) + at, *v = static_cast<const IO*>(a.v) + at;
-        TileState<S> state = borders[i * n_chunks + (s - part.t) / CHUNK];
-        replay<IO, S>(steps, a.C, n, a.w + c, k, v, state, before);
-        backward_rows<apply, IO, S>(steps, a.C, n, a.w + c, a.u + c, k, v,
-                                    static_cast<const IO*>(a.gy) + at,
-                                    static_cast<IO*>(a.gk) + at, static_cast<IO*>(a.gv) + at,
-                                    before, g[i]);
-      }
+      const int64_t t = part.t + chunk * CHUNK, steps = std::min(CHUNK, part.end_t - t);
+      const int64_t at = (part.b * a.T + t) * a.C + c;
+      const IO *k = static_cast<const IO*>(a.k) + at, *v = static_cast<const IO*>(a.v) + at;
+      const IO* gy = static_cast<const IO*>(a.gy) + at;
+      IO *gk = static_cast<IO*>(a.gk) + at, *gv = static_cast<IO*>(a.gv) + at;
+      TileState<S> state = borders[i * n_chunks + chunk];
+      replay<IO, S>(steps, a.C, n, a.w + c, k, v, state,
+                    [&](int64_t step, const TileState<S>& s) {
+                      before[step] = s;
+                      prefetch<false>(gy + step * a.C, n);
+                      if (!apply) return;
+                      prefetch<false>(gk + step * a.C, n);
+                      prefetch<false>(gv + step * a.C, n);
+                    });
+      backward_rows<apply, IO, S>(steps, a.C, n, a.w + c, a.u + c, k, v, gy, gk, gv, before, g[i]);
     });
 }
 
-// The gradients of w and u, (B, C), and of the first state, once all parts of a unit are done.
+// The gradients of w and u, (B, C), and of the first state, once all parts of a unit are done. g is
+// what they made of their adjoints, a row of tiles for each; `part` is any of them.
 template <typename S>
-void store_gradients(const Backward<S>& a, const Plan& plan, int64_t unit,
-                     Borders<TileAdjoint<S>>& adjoints) {
-  const Part part(plan, unit * plan.n_segments);
-  std::unique_ptr<TileState<S>[]> first(new TileState<S>[adjoints.n_tiles]);
-  load_state(a, part, first.get());
+void store_gradients(const Backward<S>& a, const Plan& plan, const Part& part,
+                     const TileAdjoint<S>* g) {
+  std::vector<TileState<S>> first(plan.n_tiles);
+  load_state(a, part, first.data());
   part.tiles([&](int64_t i, int64_t c, int64_t n) {
     S *gw = a.gw + part.b * a.C + c, *gu = a.gu + part.b * a.C + c;
     S* to = a.g_first + part.b * 3 * a.C + c;
     for (int64_t j = 0; j < n; ++j) {
       gw[j] = gu[j] = S(0);
       for (int64_t s = 0; s < plan.n_segments; ++s) {
-        gw[j] += adjoints.at(unit, s)[i].gw[j];
-        gu[j] += adjoints.at(unit, s)[i].gu[j];
+        gw[j] += g[s * plan.n_tiles + i].gw[j];
+        gu[j] += g[s * plan.n_tiles + i].gu[j];
       }
-      const Adjoint<S> g = adjoints.at(unit, 0)[i].get(j);
-      to[j] = g.num;
-      to[a.C + j] = g.den;
-      to[2 * a.C + j] = wkv::leave<S>(first[i].get(j), g);
+      const Adjoint<S> x = g[i].get(j);
+      to[j] = x.num;
+      to[a.C + j] = x.den;
+      to[2 * a.C + j] = wkv::leave<S>(first[i].get(j), x);
     }
   });
 }
@@ -390,11 +409,10 @@ bool in_parallel(int64_t n, int64_t n_threads, Fork fork, const Call& call) {
 // The state before each segment of each unit and, after the last, that past it. Only called where
 // there are several: reducing a segment costs about half of applying it.
 template <typename IO, typename S>
-bool find_ends(const Arrays<S>& a, const Plan& plan, int64_t n_threads, Fork fork,
-               Borders<TileState<S>>& ends) {
+bool find_ends(const Arrays<S>& a, const Plan& plan, Fork fork, Borders<TileState<S>>& ends) {
   Arrays<S> nothing = a;
   nothing.state = nullptr;
-  if (!in_parallel(plan.n_units * plan.n_segments, n_threads, fork, [&](int64_t i) {
+  if (!in_parallel(plan.n_units * plan.n_segments, plan.n_threads, fork, [&](int64_t i) {
         const Part part(plan, i);
         TileState<S>* s = ends.at(part.unit, part.number + 1);
         load_state(nothing, part, s);
@@ -403,7 +421,8 @@ bool find_ends(const Arrays<S>& a, const Plan& plan, int64_t n_threads, Fork for
     return false;
   for (int64_t i = 0; i < plan.n_units * plan.n_segments; ++i) {
     const Part part(plan, i);
-    TileState<S>*before = ends.at(part.unit, part.number), *after = ends.at(part.unit, part.number + 1);
+    TileState<S>* before = ends.at(part.unit, part.number);
+    TileState<S>* after = ends.at(part.unit, part.number + 1);
     if (part.number == 0) load_state(a, part, before);
     part.tiles([&](int64_t tile, int64_t c, int64_t n) {
       for (int64_t j = 0; j < n; ++j)
@@ -418,37 +437,34 @@ template <typename IO, typename S = typename Scalar<IO>::type>
 bool forward(const Forward<S>& a, int64_t n_threads, Fork fork) {
   const Plan plan(a.B, a.T, a.C, n_threads);
   Borders<TileState<S>> ends(plan);
-  if (plan.n_segments > 1 && !find_ends<IO, S>(a, plan, n_threads, fork, ends)) return false;
-  return in_parallel(plan.n_units * plan.n_segments, n_threads, fork, [&](int64_t i) {
+  if (plan.n_segments > 1 && !find_ends<IO, S>(a, plan, fork, ends)) return false;
+  return in_parallel(plan.n_units * plan.n_segments, plan.n_threads, fork, [&](int64_t i) {
     const Part part(plan, i);
-    TileState<S>* s = ends.at(part.unit, part.number);
-    if (plan.n_segments == 1) load_state(a, part, s);
-    forward_part<IO>(a, part, s);
-    if (part.end_t == a.T) store_last(a, part, s);
+    std::vector<TileState<S>> states = states_before<S>(a, plan, part, ends);
+    forward_part<IO>(a, part, states.data());
+    if (part.end_t == a.T) store_last(a, part, states.data());
   });
 }
 
 // The adjoint behind each segment but the last, whose own comes from g_last.
 template <typename IO, typename S>
-bool find_adjoints(const Backward<S>& a, const Plan& plan, int64_t n_threads, Fork fork,
-                   Borders<TileState<S>>& ends, Borders<TileAdjoint<S>>& adjoints) {
+bool find_adjoints(const Backward<S>& a, const Plan& plan, Fork fork, Borders<TileState<S>>& ends,
+                   Borders<TileAdjoint<S>>& adjoints) {
   Borders<TileAdjoint<S>> own(plan);  // what a segment adds to an adjoint of zero behind it
-  if (!in_parallel(plan.n_units * plan.n_segments, n_threads, fork, [&](int64_t i) {
+  if (!in_parallel(plan.n_units * plan.n_segments, plan.n_threads, fork, [&](int64_t i) {
         const Part part(plan, i);
         if (part.number == 0) return;
-        const std::vector<TileState<S>> kept(ends.at(part.unit, part.number),
-                                             ends.at(part.unit, part.number) + ends.n_tiles);
-        std::vector<TileState<S>> s = kept;
-        TileAdjoint<S>* g = own.at(part.unit, part.number);
-        for (int64_t tile = 0; tile < own.n_tiles; ++tile) g[tile] = {};
-        backward_part<false, IO>(a, part, part.end_t == a.T, s.data(), g);
+        std::vector<TileState<S>> states = states_before<S>(a, plan, part, ends);
+        backward_part<false, IO>(a, part, part.end_t == a.T, states.data(),
+                                 own.at(part.unit, part.number));
       }))
     return false;
   for (int64_t i = plan.n_units * plan.n_segments - 1; i >= 0; --i) {
     const Part part(plan, i);
     if (part.number == 0) continue;
     const TileAdjoint<S>* mine = own.at(part.unit, part.number);
-    const TileState<S>*before = ends.at(part.unit, part.number), *after = ends.at(part.unit, part.number + 1);
+    const TileState<S>* before = ends.at(part.unit, part.number);
+    const TileState<S>* after = ends.at(part.unit, part.number + 1);
     const TileAdjoint<S>* behind = adjoints.at(part.unit, part.number);
     TileAdjoint<S>* to = adjoints.at(part.unit, part.number - 1);
     part.tiles([&](int64_t tile, int64_t c, int64_t n) {
@@ -470,20 +486,27 @@ bool backward(const Backward<S>& a, int64_t n_threads, Fork fork) {
   const Plan plan(a.B, a.T, a.C, n_threads);
   Borders<TileState<S>> ends(plan);
   Borders<TileAdjoint<S>> adjoints(plan);
-  for (int64_t i = 0; i < plan.n_units * adjoints.n_borders * adjoints.n_tiles; ++i)
-    adjoints.all[i] = {};
-  if (plan.n_segments > 1 && !(find_ends<IO, S>(a, plan, n_threads, fork, ends) &&
-                               find_adjoints<IO, S>(a, plan, n_threads, fork, ends, adjoints)))
-    return false;
-  if (!in_parallel(plan.n_units * plan.n_segments, n_threads, fork, [&](int64_t i) {
-        const Part part(plan, i);
-        TileState<S>* s = ends.at(part.unit, part.number);
-        if (plan.n_segments == 1) load_state(a, part, s);
-        backward_part<true, IO>(a, part, part.end_t == a.T, s, adjoints.at(part.unit, part.number));
-      }))
-    return false;
-  for (int64_t unit = 0; unit < plan.n_units; ++unit) store_gradients(a, plan, unit, adjoints);
-  return true;
+  const auto walk = [&](const Part& part, TileAdjoint<S>* g) {
+    std::vector<TileState<S>> states = states_before<S>(a, plan, part, ends);
+    backward_part<true, IO>(a, part, part.end_t == a.T, states.data(), g);
+  };
+  if (plan.n_segments == 1)
+    return in_parallel(plan.n_units, plan.n_threads, fork, [&](int64_t unit) {
+      const Part part(plan, unit);
+      std::vector<TileAdjoint<S>> g(plan.n_tiles);
+      walk(part, g.data());
+      store_gradients(a, plan, part, g.data());
+    });
+  const bool done = find_ends<IO, S>(a, plan, fork, ends) &&
+                    find_adjoints<IO, S>(a, plan, fork, ends, adjoints) &&
+                    in_parallel(plan.n_units * plan.n_segments, plan.n_threads, fork,
+                                [&](int64_t i) {
+                                  const Part part(plan, i);
+                                  walk(part, adjoints.at(part.unit, part.number));
+                                });
+  for (int64_t unit = 0; done && unit < plan.n_units; ++unit)
+    store_gradients(a, plan, Part(plan, unit * plan.n_segments), adjoints.at(unit, 0));
+  return done;
 }
 
 template <typename Run>
