@@ -14,7 +14,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,18 +29,18 @@ from experiments.self_test import DTYPES, TOLERANCES, Rung
 from models.ops import build
 
 NEEDED = ("torch", "lightning", "hydra-core", "lm-eval")
-OPTIONAL = (
-    "transformers",
-    "cuda-core",
-    "wandb",
-    "tensorboard",
-    "mlflow",
-    "hydra-submitit-launcher",
-)
+OPTIONAL = {  # and the extra of ours that each comes with
+    "transformers": "dev",
+    "cuda-core": "cuda",
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow",
+    "hydra-submitit-launcher": "slurm",
+}
 HUB_TIMEOUT_S = 2.0
 
 
-def versions(packages: tuple[str, ...]) -> tuple[list[str], list[str]]:
+def versions(packages: Iterable[str]) -> tuple[list[str], list[str]]:
     """ "package version" of those that are installed, and the names of those that are not."""
     found, absent = [], []
     for package in packages:
@@ -167,7 +167,9 @@ def machine(runs: Path) -> Iterator[str]:
     found, absent = versions(OPTIONAL)
     yield row("optional", ", ".join(found) or "none")
     if absent:
+        extras = ",".join(OPTIONAL[name] for name in absent)
         yield row("", f"not installed: {', '.join(absent)}")
+        yield row("", f"pip install -e '.[{extras}]' adds {'it' if len(absent) == 1 else 'them'}")
     yield row("compiler", compiler())
     yield row("kernels", cache())
     yield row("hub", hub())

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +99,20 @@ def test_every_rung_is_tried_or_said_to_be_missing() -> None:
         assert (rung.missing is None) == (len(rung.errors) == len(self_test.DTYPES))
     assert rungs[0].missing is not None
     assert "NVIDIA GPUs" in rungs[0].missing
+
+
+def test_gpus_of_a_kind_share_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [("A", 80), ("A", 80), ("B", 24)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda i: SimpleNamespace(name=cards[i][0], total_memory=cards[i][1] << 30),
+    )
+    assert {str(device): text for device, text in doctor.devices().items() if device != CPU} == {
+        "cuda:0": "A, 80 GiB (2 of them)",
+        "cuda:2": "B, 24 GiB",
+    }
 
 
 def test_what_is_within_the_tolerance() -> None:

@@ -578,13 +578,17 @@ def test_command_line_errors_are_one_line(tmp_path: Path, text: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", FAMILIES)
-def test_two_processes_train_like_one(tmp_path: Path, text: Path, model: str) -> None:
+@pytest.mark.parametrize("chunk_len", ["null", "24"])
+def test_two_processes_train_like_one(
+    tmp_path: Path, text: Path, model: str, chunk_len: str
+) -> None:
     one = command(tmp_path / "one", text, f"model={model}")
     two = command(
         tmp_path / "two",
         text,
         f"model={model}",
         "micro_batch_size=2",
+        f"chunk_len={chunk_len}",
         "trainer.devices=2",
         "trainer.strategy=ddp",
     )
