@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments import bench_wkv
-from experiments.bench_wkv import every_rung, inputs, thread_gain, wkv_op, worst_error
+from experiments.bench_wkv import busy_seconds, every_rung, inputs, thread_gain, wkv_op, worst_error
 
 
 def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,7 +14,8 @@ def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
     report = wkv_op("cpu", [[2, 8, 16], [1, 16, 4]], [4, 8], repeats=1)  # type: ignore[list-item]
     speed, flat, rungs, bars = report.tables.values()
     assert [(row["B, T, C"], row["dtype"]) for row in speed] == [
-        ("(2, 8, 16)", "bfloat16"), ("(2, 8, 16)", "float32"), ("(1, 16, 4)", "float32"),
+        ("(2, 8, 16)", "float32"), ("(2, 8, 16)", "float16"), ("(2, 8, 16)", "bfloat16"),
+        ("(1, 16, 4)", "float32"),
     ]  # fmt: skip
     for row in speed:
         share = row["both GB/s"] / row["both / copy rate"]
@@ -51,3 +52,15 @@ def test_inputs_have_the_decays_of_a_new_model() -> None:
     assert (-w).log().max() == pytest.approx(3)
     assert u.dtype == torch.float32
     assert {x.dtype for x in (k, v, gy)} == {torch.bfloat16}
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="device is 'gpu': use auto or"):
+        wkv_op("gpu", [(1, 2, 3)], [2], repeats=1)
+
+
+def test_busy_seconds_are_told_apart() -> None:
+    own, others = busy_seconds()
+    while busy_seconds()[0] < own + 0.05:
+        pass
+    assert busy_seconds()[1] >= others - 0.05
