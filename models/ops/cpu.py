@@ -65,9 +65,7 @@ def _call(name: str, k: Tensor, *arrays: Tensor | None) -> None:
 def forward(
     w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y (B, T, C) in the dtype of k and the last state (B, 3, C); arguments as those of `wkv`."""
-    w, u, k, v = w.contiguous(), u.contiguous(), k.contiguous(), v.contiguous()
-    state = None if state is None else state.contiguous()
+    """y (B, T, C) in the dtype of k, the last state (B, 3, C); arguments as `wkv`, contiguous."""
     B, _, C = k.shape
     y, last = k.new_empty(k.shape), w.new_empty(B, 3, C)
     _call("wkv_forward", k, w, u, k, v, state, y, last)
@@ -83,10 +81,10 @@ def backward(
     gy: Tensor,
     g_last: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of w, u, k, v and state (also when that is None), each in its input's dtype."""
-    w, u, k, v = w.contiguous(), u.contiguous(), k.contiguous(), v.contiguous()
-    state = None if state is None else state.contiguous()
-    gy, g_last = gy.contiguous(), g_last.contiguous()
+    """Gradients of w, u, k, v and state (also when that is None), each in its input's dtype.
+
+    All arguments are contiguous.
+    """
     B, _, C = k.shape
     gw, gu, g_first = w.new_empty(B, C), w.new_empty(B, C), w.new_empty(B, 3, C)
     gk, gv = k.new_empty(k.shape), k.new_empty(k.shape)

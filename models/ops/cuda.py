@@ -132,9 +132,7 @@ def _pointers(arrays: tuple[Tensor | None, ...]) -> list[int]:
 def forward(
     w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y (B, T, C) in the dtype of k and the last state (B, 3, C); arguments as those of `wkv`."""
-    w, u, k, v = w.contiguous(), u.contiguous(), k.contiguous(), v.contiguous()
-    state = None if state is None else state.contiguous()
+    """y (B, T, C) in the dtype of k, the last state (B, 3, C); arguments as `wkv`, contiguous."""
     y, last = k.new_empty(k.shape), w.new_empty(k.shape[0], 3, k.shape[2])
     call = _Call(k, [k, v, y])
     ends = None
@@ -155,10 +153,10 @@ def backward(
     gy: Tensor,
     g_last: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of w, u, k, v and state (also when that is None), each in its input's dtype."""
-    w, u, k, v = w.contiguous(), u.contiguous(), k.contiguous(), v.contiguous()
-    state = None if state is None else state.contiguous()
-    gy, g_last = gy.contiguous(), g_last.contiguous()
+    """Gradients of w, u, k, v and state (also when that is None), each in its input's dtype.
+
+    All arguments are contiguous.
+    """
     gk, gv, g_first = k.new_empty(k.shape), k.new_empty(k.shape), g_last.new_empty(g_last.shape)
     call = _Call(k, [k, v, gy, gk, gv])
     n = call.n_segments

@@ -79,20 +79,25 @@ def _warn_once(reason: str) -> None:
     )
 
 
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    """The tensors as the kernels read them; None stays."""
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
 @torch.library.custom_op("rwkv_parity::wkv", mutates_args=(), device_types="cpu")
 def _wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    return cpu.forward(w, u, k, v, state)
+    return cpu.forward(*_contiguous(w, u, k, v, state))
 
 
 @torch.library.custom_op("rwkv_parity::wkv_backward", mutates_args=(), device_types="cpu")
 def _wkv_backward(
     w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, gy: Tensor, g_last: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return cpu.backward(w, u, k, v, state, gy, g_last)
+    return cpu.backward(*_contiguous(w, u, k, v, state, gy, g_last))
 
 
-_wkv.register_kernel("cuda")(cuda.forward)
-_wkv_backward.register_kernel("cuda")(cuda.backward)
+_wkv.register_kernel("cuda")(lambda *inputs: cuda.forward(*_contiguous(*inputs)))
+_wkv_backward.register_kernel("cuda")(lambda *inputs: cuda.backward(*_contiguous(*inputs)))
 
 
 @_wkv.register_fake
