@@ -18,6 +18,9 @@ ONLY_IN = {
     "lm_eval": {
         "experiments/lm_eval_adapter.py",
         "experiments/evaluate.py",
+        "experiments/lm_eval_tasks.py",
+        "experiments/pack.py",
+        "experiments/prefetch.py",
         "experiments/tasks.py",
     },
 }

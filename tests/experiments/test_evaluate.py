@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from experiments.data.prepare import prepare
 from experiments.data.token_data import TokenData
 from experiments.entry import CONF_DIR
-from experiments.evaluate import Evaluation, Tasks, result_file, table
+from experiments.evaluate import Evaluation, result_file, table
+from experiments.lm_eval_tasks import Tasks
 from experiments.run_dir import RunDir, load_model, write_json
 from models.rwkv4 import RWKV4
 
