@@ -224,19 +224,34 @@ def model_weights(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     return weights
 
 
-def load_model(run: RunDir, checkpoint: str = "best", device: str = "cpu") -> "LanguageModel":
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_model(
+    run: RunDir, checkpoint: str = "best", device: str = "cpu", dtype: str = "float32"
+) -> "LanguageModel":
     """Build a run's model from its frozen config and load its weights, in evaluation mode.
+
+    dtype is what matrices are kept in; vectors, norms, activations and states are float32.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: if it is damaged or does not fit the config.
+        ValueError: if it is damaged or does not fit the config, or for another dtype.
     """
+    import torch
+
+    from models.ops.linear import round_matrices
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     path = run.checkpoint(checkpoint)
-    model = make(run.config.model.net)
+    weights = model_weights(read_checkpoint(path), path)
+    with torch.device("meta"):  # no time spent on an initialisation that is overwritten
+        model = make(run.config.model.net)
     try:
-        model.load_state_dict(model_weights(read_checkpoint(path), path))
+        model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ValueError(
             f"{path} does not fit its config: {' '.join(str(error).split())[:300]}"
         ) from None
-    return model.to(device).eval()
+    return round_matrices(model.float(), getattr(torch, dtype)).to(device).eval()

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.language_model import LanguageModel, State, check_n_pad
+from models.ops.linear import Linear
 
 ROTARY_BASE = 10000.0
+TAIL = 128  # tokens gathered one by one before they join the rest of a cache
 
-KeyValue = tuple[Tensor, Tensor]  # cached keys and values of a layer, each (B, H, t, K)
+KeyValue = tuple[Tensor, Tensor]  # keys and values of a layer, each (B, H, t, K)
+Cache = list[KeyValue]  # of a layer: nothing, all of it, or all but a tail and that tail
 
 
 def rotary_angles(position: Tensor, n_rotary: int) -> Tensor:
@@ -34,32 +37,64 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
+def extend(cache: Cache, new: KeyValue) -> Cache:
+    """The cache with new keys and values at its end; what came in is left as it was.
+
+    A token at a time, joining all of a long cache anew would cost more than the attention itself,
+    so single tokens gather in a tail.
+    """
+    if not cache:
+        return [new]
+    one = new[0].shape[2] == 1
+    if one and len(cache) == 1 and cache[0][0].shape[2] >= TAIL:
+        return [*cache, new]
+    if one and len(cache) == 2 and cache[1][0].shape[2] < TAIL:
+        return [cache[0], _joined([cache[1], new])]
+    return [_joined([*cache, new])]
+
+
+def _joined(parts: Cache) -> KeyValue:
+    dtype = parts[-1][0].dtype
+    k, v = (torch.cat([part[i].to(dtype) for part in parts], dim=2) for i in (0, 1))
+    return k, v
+
+
+def attend(q: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
+    """Queries (B, H, T, K) to all keys and values of a cache; mask (B or 1, 1, T, t) or causal."""
+    if len(cache) == 1:
+        causal = mask is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, *cache[0], attn_mask=mask, is_causal=causal)
+    scores = torch.cat([q @ k.to(q.dtype).transpose(2, 3) for k, _ in cache], dim=-1)
+    scores = scores * q.shape[-1] ** -0.5  # (B, H, 1, t)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1).split([k.shape[2] for k, _ in cache], dim=-1)
+    first, second = (p @ v.to(p.dtype) for p, (_, v) in zip(weights, cache, strict=True))
+    return first + second
+
+
 class Attention(nn.Module):
     """Causal multi-head attention with rotary positions."""
 
     def __init__(self, n_embd: int, n_head: int):
         super().__init__()
         self.n_head = n_head
-        self.qkv = nn.Linear(n_embd, 3 * n_embd)  # rows ordered by head, then q, k, v
-        self.output = nn.Linear(n_embd, n_embd)
+        self.qkv = Linear(n_embd, 3 * n_embd)  # rows ordered by head, then q, k, v
+        self.output = Linear(n_embd, n_embd)
 
     def forward(
-        self, x: Tensor, rotary: KeyValue, past: KeyValue | None, mask: Tensor | None
-    ) -> tuple[Tensor, KeyValue]:
-        """x (B, T, C) -> (B, T, C), and keys and values (B, H, t + T, K) with the past's."""
+        self, x: Tensor, rotary: KeyValue, cache: Cache, mask: Tensor | None
+    ) -> tuple[Tensor, Cache]:
+        """x (B, T, C) -> (B, T, C), and the cache with these tokens."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, self.n_head, 3, C // self.n_head)
         q, k, v = qkv.unbind(3)  # (B, T, H, K)
         cos, sin = (factor.to(qkv.dtype) for factor in rotary)
         q = rotate(q, cos, sin).transpose(1, 2)  # (B, H, T, K)
         k = rotate(k, cos, sin).transpose(1, 2)
-        v = v.transpose(1, 2)
-        if past is not None:
-            k = torch.cat([past[0].to(k.dtype), k], dim=2)  # (B, H, t + T, K)
-            v = torch.cat([past[1].to(v.dtype), v], dim=2)
-        causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.output(y.transpose(1, 2).reshape(B, T, C)), (k, v)
+        cache = extend(cache, (k, v.transpose(1, 2)))
+        y = attend(q, cache, mask)
+        return self.output(y.transpose(1, 2).reshape(B, T, C)), cache
 
 
 class FeedForward(nn.Module):
@@ -67,8 +102,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, n_embd: int, n_ffn: int):
         super().__init__()
-        self.up = nn.Linear(n_embd, n_ffn)
-        self.down = nn.Linear(n_ffn, n_embd)
+        self.up = Linear(n_embd, n_ffn)
+        self.down = Linear(n_ffn, n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
@@ -86,17 +121,32 @@ class Block(nn.Module):
         self.ffn = FeedForward(n_embd, n_ffn)
 
     def forward(
-        self, x: Tensor, rotary: KeyValue, past: KeyValue | None, mask: Tensor | None
-    ) -> tuple[Tensor, KeyValue]:
-        """x (B, T, C) -> (B, T, C), and this layer's keys and values."""
-        y, past = self.att(self.ln1(x), rotary, past, mask)
-        return x + y + self.ffn(self.ln2(x)), past
+        self, x: Tensor, rotary: KeyValue, cache: Cache, mask: Tensor | None
+    ) -> tuple[Tensor, Cache]:
+        """x (B, T, C) -> (B, T, C), and this layer's cache with these tokens."""
+        y, cache = self.att(self.ln1(x), rotary, cache, mask)
+        return x + y + self.ffn(self.ln2(x)), cache
+
+
+PARTS = ("", "tail_")  # of a layer's cache in a state, by the start of their names
+
+
+def layer_cache(state: State, layer: int) -> Cache:
+    """What a state has of a layer."""
+    names = [part for part in PARTS if f"{part}k{layer}" in state]
+    return [(state[f"{part}k{layer}"], state[f"{part}v{layer}"]) for part in names]
+
+
+def n_cached(state: State) -> int:
+    """Tokens that a state holds, padding included."""
+    return sum(k.shape[2] for k, _ in layer_cache(state, 0))
 
 
 class GPT(LanguageModel):
     """GPT-NeoX; its state is the KV cache {k0, v0, k1, ...: (B, H, t, K)}.
 
-    A state made with n_pad also carries that; a row's positions start after its padding.
+    Tokens that came one by one may lie apart, as {tail_k0, tail_v0, ...}, behind those. A state
+    made with n_pad also carries that; a row's positions start after its padding.
     """
 
     family = "gpt"
@@ -128,7 +178,7 @@ class GPT(LanguageModel):
         self.emb = nn.Embedding(vocab_size, n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, n_ffn) for _ in range(n_layer))
         self.ln_out = nn.LayerNorm(n_embd)
-        self.head = nn.Linear(n_embd, vocab_size, bias=False)
+        self.head = Linear(n_embd, vocab_size, bias=False)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -146,22 +196,23 @@ class GPT(LanguageModel):
 
         Raises ValueError when the sequence would become longer than max_ctx.
         """
-        T, t = ids.shape[1], 0 if state is None else state["k0"].shape[2]
+        T, t = ids.shape[1], 0 if state is None else n_cached(state)
         if t + T > self.ctx_len:
             raise ValueError(
                 f"a sequence of {t + T} tokens is longer than this GPT's context of {self.ctx_len}"
             )
         n_pad = None if state is None else state.get("n_pad")
         rotary, mask = self._positions(ids, t, n_pad)
-        x = self.emb(ids)
+        x = self.emb(ids).to(self.ln_out.weight.dtype)
         new: State = {} if n_pad is None else {"n_pad": n_pad}
         for l, block in enumerate(self.blocks):
-            past = None if state is None else (state[f"k{l}"], state[f"v{l}"])
+            cache = [] if state is None else layer_cache(state, l)
             if self.grad_checkpoint and self.training:
-                x, past = checkpoint(block, x, rotary, past, mask, use_reentrant=False)
+                x, cache = checkpoint(block, x, rotary, cache, mask, use_reentrant=False)
             else:
-                x, past = block(x, rotary, past, mask)
-            new[f"k{l}"], new[f"v{l}"] = past
+                x, cache = block(x, rotary, cache, mask)
+            for part, (k, v) in zip(PARTS, cache, strict=False):  # there may be no tail
+                new[f"{part}k{l}"], new[f"{part}v{l}"] = k, v
         return self.ln_out(x), None if state is None else new
 
     def _positions(

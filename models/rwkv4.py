@@ -9,11 +9,11 @@ import math
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.language_model import LanguageModel, State, check_n_pad
+from models.ops.linear import Linear, linear
 from models.ops.wkv import can_step, time_mix_step, wkv
 
 EMPTY_EXPONENT = -1e38  # running max exponent of a WKV state that has seen nothing
@@ -41,7 +41,7 @@ class ShiftLinear(torch.autograd.Function):
         ctx.n = mixes
         before = shifted(x, previous)
         out = tuple(
-            F.linear(torch.lerp(before, x, mix), weight)
+            linear(torch.lerp(before, x, mix), weight)
             for mix, weight in zip(
                 mixes_and_weights[:mixes], mixes_and_weights[mixes:], strict=True
             )
@@ -83,7 +83,7 @@ class GatedLinear(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         """gate and y (B, T, C), weight (out, C) -> (B, T, out)."""
         ctx.save_for_backward(gate, y, weight)
-        out = F.linear(torch.sigmoid(gate) * y, weight)
+        out = linear(torch.sigmoid(gate) * y, weight)
         ctx.dtype = out.dtype  # autocast's, where it is on
         return out
 
@@ -137,10 +137,10 @@ class TimeMix(nn.Module):
         self.time_mix_k = nn.Parameter((mix**height).float())
         self.time_mix_v = nn.Parameter((mix**height + 0.3 * depth).float())
         self.time_mix_r = nn.Parameter((mix ** (0.5 * height)).float())
-        self.key = nn.Linear(n_embd, n_embd, bias=False)
-        self.value = nn.Linear(n_embd, n_embd, bias=False)
-        self.receptance = nn.Linear(n_embd, n_embd, bias=False)
-        self.output = nn.Linear(n_embd, n_embd, bias=False)
+        self.key = Linear(n_embd, n_embd, bias=False)
+        self.value = Linear(n_embd, n_embd, bias=False)
+        self.receptance = Linear(n_embd, n_embd, bias=False)
+        self.output = Linear(n_embd, n_embd, bias=False)
         nn.init.orthogonal_(self.value.weight)
         for zero in (self.key, self.receptance, self.output):
             nn.init.zeros_(zero.weight)
@@ -173,9 +173,9 @@ class ChannelMix(nn.Module):
         mix = (torch.arange(n_embd, dtype=torch.float64) / n_embd) ** (1 - layer / n_layer)
         self.time_mix_k = nn.Parameter(mix.float().view(1, 1, -1))
         self.time_mix_r = nn.Parameter(mix.float().view(1, 1, -1))
-        self.key = nn.Linear(n_embd, n_ffn, bias=False)
-        self.receptance = nn.Linear(n_embd, n_embd, bias=False)
-        self.value = nn.Linear(n_ffn, n_embd, bias=False)
+        self.key = Linear(n_embd, n_ffn, bias=False)
+        self.receptance = Linear(n_embd, n_embd, bias=False)
+        self.value = Linear(n_ffn, n_embd, bias=False)
         nn.init.orthogonal_(self.key.weight, math.sqrt(max(n_ffn / n_embd, 1)))
         for zero in (self.receptance, self.value):
             nn.init.zeros_(zero.weight)
@@ -251,14 +251,14 @@ class RWKV4(LanguageModel):
             Block(n_embd, n_ffn, layer, n_layer, wkv_backend) for layer in range(n_layer)
         )
         self.ln_out = nn.LayerNorm(n_embd)
-        self.head = nn.Linear(n_embd, vocab_size, bias=False)
+        self.head = Linear(n_embd, vocab_size, bias=False)
         nn.init.uniform_(self.emb.weight, -emb_init, emb_init)
         nn.init.orthogonal_(self.head.weight, 0.5 * math.sqrt(max(vocab_size / n_embd, 1)))
 
     def features(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         """Token ids (B, T) -> the last norm's output (B, T, C), and the state if one came in."""
         T = ids.shape[1]
-        x = self.emb(ids)
+        x = self.emb(ids).to(self.ln_out.weight.dtype)
         pad = None
         if state is not None and "n_pad" in state:
             pad = (torch.arange(T, device=ids.device) < state["n_pad"][:, None]).unsqueeze(-1)

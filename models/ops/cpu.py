@@ -1,4 +1,4 @@
-"""The compiled WKV on a CPU: csrc/wkv_cpu.cpp through ctypes, forward and backward.
+"""The kernels compiled for a CPU, through ctypes: WKV forward and backward, products of few rows.
 
 B batch, T time, C channels.
 """
@@ -12,24 +12,29 @@ from torch import Tensor
 
 from models.ops.build import BuildError, load_library
 
-# the numbers that for_dtype in wkv_cpu.cpp knows them by
+# the numbers that for_dtype in wkv_cpu.cpp, and linear_rows, know them by
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+# of each source, its functions with the numbers of sizes and of arrays they take
+_FUNCTIONS = {
+    "wkv_cpu.cpp": (("wkv_forward", 3, 7), ("wkv_backward", 3, 12)),
+    "linear_cpu.cpp": (("linear_rows", 3, 4),),
+}
 
 
-def missing() -> str | None:
-    """Why the compiled rung cannot be had, in a line without a full stop, or None when it can."""
-    library = _library()
+def missing(source: str = "wkv_cpu.cpp") -> str | None:
+    """Why a compiled source cannot be had, in a line without a full stop, or None when it can."""
+    library = _library(source)
     return library if isinstance(library, str) else None
 
 
 @cache
-def _library() -> ctypes.CDLL | str:
+def _library(source: str) -> ctypes.CDLL | str:
     try:
-        library = load_library("wkv_cpu.cpp")
+        library = load_library(source)
     except BuildError as error:
         return str(error)
-    for name, n_pointers in (("wkv_forward", 7), ("wkv_backward", 12)):
-        sizes, pointers = [ctypes.c_int64] * 3, [ctypes.c_void_p] * n_pointers
+    for name, n_sizes, n_pointers in _FUNCTIONS[source]:
+        sizes, pointers = [ctypes.c_int64] * n_sizes, [ctypes.c_void_p] * n_pointers
         getattr(library, name).argtypes = [
             ctypes.c_int, *sizes, *pointers, ctypes.c_int64, ctypes.c_void_p
         ]  # fmt: skip
@@ -46,8 +51,8 @@ def _openmp() -> int | None:
     return ctypes.cast(fork, ctypes.c_void_p).value
 
 
-def _function(name: str) -> Callable[..., int]:
-    library = _library()
+def _function(source: str, name: str) -> Callable[..., int]:
+    library = _library(source)
     if isinstance(library, str):
         raise RuntimeError(library)
     return getattr(library, name)
@@ -55,11 +60,33 @@ def _function(name: str) -> Callable[..., int]:
 
 def _call(name: str, k: Tensor, *arrays: Tensor | None) -> None:
     pointers = [None if x is None else x.data_ptr() for x in arrays]
-    status = _function(name)(
+    status = _function("wkv_cpu.cpp", name)(
         _DTYPES[k.dtype], *k.shape, *pointers, torch.get_num_threads(), _openmp()
     )
     if status != 0:
         raise MemoryError(f"{name} ran out of memory at (B, T, C) = {tuple(k.shape)}")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., I) and bias (O,) float32, weight (O, I) float32, float16 or bfloat16 -> (..., O).
+
+    All are contiguous; the result is float32.
+    """
+    n_out, n_in = weight.shape
+    y = x.new_empty(*x.shape[:-1], n_out)
+    _function("linear_cpu.cpp", "linear_rows")(
+        _DTYPES[weight.dtype],
+        x.numel() // n_in,
+        n_in,
+        n_out,
+        x.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        torch.get_num_threads(),
+        _openmp(),
+    )
+    return y
 
 
 def forward(

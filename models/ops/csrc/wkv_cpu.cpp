@@ -6,14 +6,12 @@
 // T is cut into segments too: each is reduced on its own, the states before them are combined, then
 // each is applied; backward once more for the adjoints. All arrays are contiguous.
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <new>
-#include <system_error>
-#include <thread>
 #include <vector>
 
+#include "parallel.h"
 #include "wkv_scalar.h"
 
 namespace {
@@ -26,6 +24,8 @@ using wkv::State;
 using wkv::StepGradients;
 using wkv::load;
 using wkv::store;
+using parallel::Fork;
+using parallel::in_parallel;
 
 constexpr int64_t WIDTH = 64;      // most channels of a tile
 constexpr int64_t NARROW = 32;     // least where threads lack work; fewer yet wait on each other
@@ -365,45 +365,6 @@ void store_gradients(const Backward<S>& a, const Plan& plan, const Part& part,
       to[2 * a.C + j] = wkv::leave<S>(first[i].get(j), x);
     }
   });
-}
-
-// GOMP_parallel of the OpenMP runtime that PyTorch runs on, so that both share one pool of threads.
-using Fork = void (*)(void (*)(void*), void*, unsigned, unsigned);
-
-template <typename Call>
-struct Job {
-  const Call& call;
-  int64_t n;
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> out_of_memory{false};
-
-  static void work(void* self) {
-    Job& job = *static_cast<Job*>(self);
-    try {
-      for (int64_t i; (i = job.next++) < job.n;) job.call(i);
-    } catch (const std::bad_alloc&) {
-      job.out_of_memory = true;
-    }
-  }
-};
-
-// Calls call(i) for i in 0 .. n - 1; false when memory ran out.
-template <typename Call>
-bool in_parallel(int64_t n, int64_t n_threads, Fork fork, const Call& call) {
-  Job<Call> job{call, n};
-  if (n_threads > n) n_threads = n;
-  if (n_threads > 1 && fork) {
-    fork(Job<Call>::work, &job, unsigned(n_threads), 0);
-  } else {
-    std::vector<std::thread> others;
-    try {
-      while (int64_t(others.size()) + 1 < n_threads) others.emplace_back(Job<Call>::work, &job);
-    } catch (const std::system_error&) {  // fewer threads, same result
-    }
-    Job<Call>::work(&job);
-    for (std::thread& other : others) other.join();
-  }
-  return !job.out_of_memory;
 }
 
 // The state before each segment of each unit and, after the last, that past it. Only called where

@@ -1,0 +1,301 @@
+"""Outside checkpoints: the names, shapes and settings in which they tell the same model.
+
+Formats: ``rwkv_pth`` and ``rwkv_safetensors`` (the names of the official RWKV-4 files, which are
+ours), ``hf_rwkv`` and ``hf_gpt_neox`` (folders of Hugging Face's RwkvForCausalLM and
+GPTNeoXForCausalLM). Reading and writing files is the business of `experiments/exchange.py`.
+
+C n_embd, F n_ffn, V vocabulary, L layers.
+"""
+
+import math
+import re
+import statistics
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.gpt import GPT, ROTARY_BASE
+from models.language_model import LanguageModel
+from models.rwkv4 import RWKV4
+
+Shapes = Mapping[str, Sequence[int]]
+
+FAMILIES: dict[str, type[RWKV4] | type[GPT]] = {
+    "rwkv_pth": RWKV4,
+    "rwkv_safetensors": RWKV4,
+    "hf_rwkv": RWKV4,
+    "hf_gpt_neox": GPT,
+}
+MODEL_TYPES = {"rwkv": "hf_rwkv", "gpt_neox": "hf_gpt_neox"}  # of Hugging Face's config.json
+
+# Our parts of a name and theirs, in the files; what is not here is called the same.
+NAMES: dict[str, dict[str, str]] = {
+    "rwkv_pth": {},
+    "rwkv_safetensors": {},
+    "hf_rwkv": {
+        "emb": "rwkv.embeddings",
+        "blocks": "rwkv.blocks",
+        "ln_out": "rwkv.ln_out",
+        "ln0": "pre_ln",
+        "att": "attention",
+        "ffn": "feed_forward",
+        "time_mix_k": "time_mix_key",
+        "time_mix_v": "time_mix_value",
+        "time_mix_r": "time_mix_receptance",
+    },
+    "hf_gpt_neox": {
+        "emb": "gpt_neox.embed_in",
+        "blocks": "gpt_neox.layers",
+        "ln_out": "gpt_neox.final_layer_norm",
+        "head": "embed_out",
+        "ln1": "input_layernorm",
+        "ln2": "post_attention_layernorm",
+        "att": "attention",
+        "qkv": "query_key_value",
+        "output": "dense",
+        "ffn": "mlp",
+        "up": "dense_h_to_4h",
+        "down": "dense_4h_to_h",
+    },
+}
+# What some writers call the same tensor, and buffers in old files that are no weights.
+ALIASES = {"hf_gpt_neox": {"lm_head.weight": "embed_out.weight"}}
+BUFFERS = re.compile(r"attention\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
+
+# Fields of config.json whose only value that our models have is this; absent means the same.
+FIXED: dict[str, dict[str, Any]] = {
+    "hf_rwkv": {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": False},
+    "hf_gpt_neox": {
+        "use_parallel_residual": True,
+        "rotary_emb_base": ROTARY_BASE,
+        "rope_theta": ROTARY_BASE,
+        "rope_scaling": None,
+        "hidden_act": "gelu",
+        "tie_word_embeddings": False,
+        "layer_norm_eps": 1e-5,
+        "attention_bias": True,
+    },
+}
+SIZES = {
+    "vocab_size": "vocab_size",
+    "n_layer": "num_hidden_layers",
+    "n_embd": "hidden_size",
+    "n_ffn": "intermediate_size",
+}
+# Hugging Face's RWKV divides these by 2^(layer // rescale_every), in place, to run in float16.
+RESCALED = ("att.output.weight", "ffn.value.weight")
+SUSPICIOUS_STEP = -0.5  # halfway between no step at a border and one of -1 (a halving)
+
+
+def outside_name(name: str, kind: str) -> str:
+    """What a format calls our tensor `name`."""
+    return ".".join(NAMES[kind].get(part, part) for part in name.split("."))
+
+
+def file_name(name: str, kind: str) -> str | None:
+    """A tensor's name in a file without a trainer's prefix or another name; None: no weight."""
+    name = name.removeprefix("_forward_module.")
+    if kind == "hf_gpt_neox" and BUFFERS.search(name):
+        return None
+    return ALIASES.get(kind, {}).get(name, name)
+
+
+def infer_sizes(shapes: Shapes, kind: str) -> dict[str, int]:
+    """V, L, C and F of a checkpoint, from the shapes of its tensors under the format's names.
+
+    Raises:
+        ValueError: if a tensor that tells them is missing, or is no matrix.
+    """
+    first = "ffn.key.weight" if FAMILIES[kind] is RWKV4 else "ffn.up.weight"
+
+    def matrix(name: str) -> Sequence[int]:
+        theirs = outside_name(name, kind)
+        if theirs not in shapes:
+            raise ValueError(f"tensor {theirs} is missing: not a whole checkpoint of this format")
+        if len(shapes[theirs]) != 2:
+            raise ValueError(f"tensor {theirs} has shape {tuple(shapes[theirs])}: no matrix")
+        return shapes[theirs]
+
+    V, C = matrix("emb.weight")
+    F = matrix(f"blocks.0.{first}")[0]
+    pattern = re.compile(re.escape(outside_name("blocks", kind)) + r"\.(\d+)\.")
+    layers = [int(found[1]) for found in map(pattern.match, shapes) if found]
+    return {"vocab_size": V, "n_layer": max(layers) + 1, "n_embd": C, "n_ffn": F}
+
+
+def empty_model(net: Mapping[str, Any], kind: str) -> LanguageModel:
+    """A model of these settings whose tensors have shapes but no memory.
+
+    Raises:
+        ValueError: for settings that no model of the family can have.
+    """
+    with torch.device("meta"):
+        return FAMILIES[kind](**net)
+
+
+def match(shapes: Shapes, model: LanguageModel, kind: str) -> dict[str, str]:
+    """Our name -> theirs for every tensor of the model, all present and of the right shape.
+
+    A vector may come as (C) or as (1, 1, C).
+
+    Raises:
+        ValueError: naming the first tensor that is one too many, missing or of another shape.
+    """
+    ours = model.state_dict()
+    names = {name: outside_name(name, kind) for name in ours}
+    for theirs in shapes:
+        if theirs not in set(names.values()):
+            raise ValueError(f"tensor {theirs} is not one of a {model.family} in this format")
+    for name, theirs in names.items():
+        if theirs not in shapes:
+            raise ValueError(f"tensor {theirs} is missing")
+        wanted, found = list(ours[name].shape), list(shapes[theirs])
+        if found != wanted and not (_is_vector(wanted) and _is_vector(found, wanted[-1])):
+            raise ValueError(
+                f"tensor {theirs} has shape {tuple(found)}, not {tuple(wanted)} as the others imply"
+            )
+    return names
+
+
+def _is_vector(shape: Sequence[int], size: int | None = None) -> bool:
+    return (not shape[:-1] or set(shape[:-1]) == {1}) and size in (None, *shape[-1:])
+
+
+def hf_settings(config: Mapping[str, Any], sizes: Mapping[str, int], kind: str) -> dict[str, Any]:
+    """ctx_len, and for a GPT n_head and rotary_pct, out of a config.json.
+
+    Raises:
+        ValueError: naming the field that is missing, contradicts the tensors' `sizes`, or has a
+            value that our models cannot follow.
+    """
+    config = _with_rope(config) if kind == "hf_gpt_neox" else config
+    for field, value in FIXED[kind].items():
+        if field in config and config[field] != value:
+            raise ValueError(
+                f"config.json has {field}={config[field]!r}: only {value!r} can be represented here"
+            )
+    known = {theirs: sizes[ours] for ours, theirs in SIZES.items()}
+    if kind == "hf_rwkv":
+        known["attention_hidden_size"] = sizes["n_embd"]
+    for field, size in known.items():
+        if config.get(field, size) not in (size, None):
+            raise ValueError(f"config.json has {field}={config[field]!r}, its tensors have {size}")
+    if kind == "hf_rwkv":
+        return {"ctx_len": _whole(config, "context_length", 1024)}
+    return {
+        "ctx_len": _whole(config, "max_position_embeddings", 2048),
+        "n_head": _whole(config, "num_attention_heads"),
+        "rotary_pct": float(config.get("rotary_pct", 0.25)),
+    }
+
+
+def _with_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with its newer `rope_parameters` spelt as the older fields."""
+    flat = dict(config)
+    rope = dict(flat.pop("rope_parameters", None) or {})
+    renamed = {"partial_rotary_factor": "rotary_pct", "rope_theta": "rope_theta"}
+    for new, old in renamed.items():
+        if new in rope:
+            flat[old] = rope.pop(new)
+    if rope.pop("rope_type", "default") != "default" or rope:
+        flat["rope_scaling"] = config["rope_parameters"]
+    return flat
+
+
+def _whole(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
+    value = config.get(field, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"config.json has {field}={value!r}: a whole number above 0 is needed")
+    return value
+
+
+def hf_config(model: LanguageModel, eot_id: int, dtype: str) -> dict[str, Any]:
+    """The config.json of a model. `dtype` is that of its weights, "float32" for one.
+
+    RWKV's `rescale_every` is 0: with another value Hugging Face's class changes the weights when it
+    runs, and saves the changed ones. Only float16 needs it.
+    """
+    shared = {
+        "vocab_size": model.vocab_size,
+        "num_hidden_layers": model.n_layer,
+        "hidden_size": model.n_embd,
+        "intermediate_size": model.n_ffn,
+        "bos_token_id": eot_id,
+        "eos_token_id": eot_id,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+    }
+    if isinstance(model, RWKV4):
+        return {
+            "architectures": ["RwkvForCausalLM"],
+            "model_type": "rwkv",
+            "attention_hidden_size": model.n_embd,
+            "context_length": model.ctx_len,
+            "layer_norm_epsilon": 1e-5,
+            "rescale_every": 0,
+            **shared,
+        }
+    assert isinstance(model, GPT)
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "num_attention_heads": model.n_head,
+        "max_position_embeddings": model.ctx_len,
+        "hidden_act": "gelu",
+        "rotary_pct": model.n_rotary * model.n_head / model.n_embd,
+        "rotary_emb_base": int(ROTARY_BASE),
+        "use_parallel_residual": True,
+        "layer_norm_eps": 1e-5,
+        "attention_bias": True,
+        **shared,
+    }
+
+
+def rescale_shift(name: str, every: int) -> int:
+    """The power of two by which Hugging Face's RWKV divides our tensor `name` when it runs."""
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return int(found[1]) // every if found and every > 0 and name.endswith(RESCALED) else 0
+
+
+def rescale_step(weights: Mapping[str, Tensor], every: int) -> float | None:
+    """How much the matrices of `RESCALED` fall at layers every, 2 every, ...: 0 whole, -1 divided.
+
+    Twos of the root mean square from one layer to the next, at those borders, less its median
+    elsewhere; averaged over borders and over both matrices. None if there is no border, or nothing
+    but zeros: then the files hold the same either way.
+
+    It is a guess, since any step can be a model's own: see tests/models/test_convert.py for how
+    often it is wrong by how much layers differ. `weights` has our names.
+    """
+    n_layer = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    if every < 1:
+        return None
+    steps = []
+    for kind in RESCALED:
+        rms = [_rms(weights[f"blocks.{layer}.{kind}"]) for layer in range(n_layer)]
+        falls = {
+            layer: math.log2(rms[layer] / rms[layer - 1])
+            for layer in range(1, n_layer)
+            if rms[layer] > 0 and rms[layer - 1] > 0
+        }
+        inside = [fall for layer, fall in falls.items() if layer % every]
+        usual = statistics.median(inside) if inside else 0.0
+        steps += [fall - usual for layer, fall in falls.items() if layer % every == 0]
+    return statistics.fmean(steps) if steps else None
+
+
+def _rms(matrix: Tensor) -> float:
+    return matrix.float().square().mean().sqrt().item()
+
+
+def same_dtype(tensors: Iterable[Tensor], among: Collection[torch.dtype]) -> str:
+    """The one dtype of most values, "bfloat16" for one; `among` holds those allowed."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+    foreign = [dtype for dtype in counts if dtype not in among]
+    if foreign:
+        raise ValueError(f"weights of {foreign[0]} cannot be used: float32, bfloat16 or float16")
+    return str(max(counts, key=lambda dtype: counts[dtype])).removeprefix("torch.")
