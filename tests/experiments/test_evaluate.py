@@ -256,6 +256,7 @@ def test_every_set_of_tasks_composes(name: str) -> None:
         "gen_kwargs",
         "include_path",
         "bootstrap_iters",
+        "n_documents",
     }
 
 
