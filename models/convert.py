@@ -9,8 +9,7 @@ C n_embd, F n_ffn, V vocabulary, L layers.
 
 import math
 import re
-import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,9 +83,7 @@ SIZES = {
     "n_embd": "hidden_size",
     "n_ffn": "intermediate_size",
 }
-# Hugging Face's RWKV divides these by 2^(layer // rescale_every), in place, to run in float16.
-RESCALED = ("att.output.weight", "ffn.value.weight")
-SUSPICIOUS_STEP = -0.5  # halfway between no step at a border and one of -1 (a halving)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def outside_name(name: str, kind: str) -> str:
@@ -184,10 +181,13 @@ def hf_settings(config: Mapping[str, Any], sizes: Mapping[str, int], kind: str) 
             raise ValueError(f"config.json has {field}={config[field]!r}, its tensors have {size}")
     if kind == "hf_rwkv":
         return {"ctx_len": _whole(config, "context_length", 1024)}
+    share = config.get("rotary_pct", 0.25)
+    if not isinstance(share, int | float):
+        raise ValueError(f"config.json has rotary_pct={share!r}: a number is needed")
     return {
         "ctx_len": _whole(config, "max_position_embeddings", 2048),
         "n_head": _whole(config, "num_attention_heads"),
-        "rotary_pct": float(config.get("rotary_pct", 0.25)),
+        "rotary_pct": float(share),
     }
 
 
@@ -244,7 +244,7 @@ def hf_config(model: LanguageModel, eot_id: int, dtype: str) -> dict[str, Any]:
         "num_attention_heads": model.n_head,
         "max_position_embeddings": model.ctx_len,
         "hidden_act": "gelu",
-        "rotary_pct": model.n_rotary * model.n_head / model.n_embd,
+        "rotary_pct": _rotary_pct(model),
         "rotary_emb_base": int(ROTARY_BASE),
         "use_parallel_residual": True,
         "layer_norm_eps": 1e-5,
@@ -253,49 +253,23 @@ def hf_config(model: LanguageModel, eot_id: int, dtype: str) -> dict[str, Any]:
     }
 
 
-def rescale_shift(name: str, every: int) -> int:
-    """The power of two by which Hugging Face's RWKV divides our tensor `name` when it runs."""
-    found = re.match(r"blocks\.(\d+)\.", name)
-    return int(found[1]) // every if found and every > 0 and name.endswith(RESCALED) else 0
+def _rotary_pct(model: GPT) -> float:
+    head_size = model.n_embd // model.n_head
+    share = model.n_rotary / head_size
+    while int(head_size * share) < model.n_rotary:  # 49 * (1 / 49) is below 1
+        share = math.nextafter(share, 1)
+    return share
 
 
-def rescale_step(weights: Mapping[str, Tensor], every: int) -> float | None:
-    """How much the matrices of `RESCALED` fall at layers every, 2 every, ...: 0 whole, -1 divided.
+def same_dtype(tensors: Iterable[Tensor]) -> str:
+    """The dtype of most values, "bfloat16" for one.
 
-    Twos of the root mean square from one layer to the next, at those borders, less its median
-    elsewhere; averaged over borders and over both matrices. None if there is no border, or nothing
-    but zeros: then the files hold the same either way.
-
-    It is a guess, since any step can be a model's own: see tests/models/test_convert.py for how
-    often it is wrong by how much layers differ. `weights` has our names.
+    Raises:
+        ValueError: if a tensor has one that weights are not kept in.
     """
-    n_layer = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    if every < 1:
-        return None
-    steps = []
-    for kind in RESCALED:
-        rms = [_rms(weights[f"blocks.{layer}.{kind}"]) for layer in range(n_layer)]
-        falls = {
-            layer: math.log2(rms[layer] / rms[layer - 1])
-            for layer in range(1, n_layer)
-            if rms[layer] > 0 and rms[layer - 1] > 0
-        }
-        inside = [fall for layer, fall in falls.items() if layer % every]
-        usual = statistics.median(inside) if inside else 0.0
-        steps += [fall - usual for layer, fall in falls.items() if layer % every == 0]
-    return statistics.fmean(steps) if steps else None
-
-
-def _rms(matrix: Tensor) -> float:
-    return matrix.float().square().mean().sqrt().item()
-
-
-def same_dtype(tensors: Iterable[Tensor], among: Collection[torch.dtype]) -> str:
-    """The one dtype of most values, "bfloat16" for one; `among` holds those allowed."""
     counts: dict[torch.dtype, int] = {}
     for tensor in tensors:
+        if tensor.dtype not in DTYPES.values():
+            raise ValueError(f"weights of {tensor.dtype} cannot be used: {', '.join(DTYPES)} can")
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
-    foreign = [dtype for dtype in counts if dtype not in among]
-    if foreign:
-        raise ValueError(f"weights of {foreign[0]} cannot be used: float32, bfloat16 or float16")
     return str(max(counts, key=lambda dtype: counts[dtype])).removeprefix("torch.")

@@ -40,12 +40,8 @@ class ShiftLinear(torch.autograd.Function):
         ctx.save_for_backward(x, previous, *mixes_and_weights)
         ctx.n = mixes
         before = shifted(x, previous)
-        out = tuple(
-            linear(torch.lerp(before, x, mix), weight)
-            for mix, weight in zip(
-                mixes_and_weights[:mixes], mixes_and_weights[mixes:], strict=True
-            )
-        )
+        pairs = zip(mixes_and_weights[:mixes], mixes_and_weights[mixes:], strict=True)
+        out = tuple(linear(torch.lerp(before, x, mix), weight) for mix, weight in pairs)
         ctx.dtype = out[0].dtype  # autocast's, where it is on
         return out
 
@@ -119,6 +115,32 @@ class SquaredReLU(torch.autograd.Function):
         return squared.sqrt().mul_(grad).mul_(2)
 
 
+# What the functions above compute, without the cost of a node of autograd where there is none.
+
+
+def shift_linear(
+    x: Tensor, previous: Tensor, mixes: list[Tensor], weights: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """`ShiftLinear`; of one token without gradients, its mixes in one pass (weights alike)."""
+    previous = previous.to(x.dtype)
+    if torch.is_grad_enabled() or x.shape[1] > 1:
+        return ShiftLinear.apply(x, previous, len(mixes), *mixes, *weights)
+    mixed = torch.lerp(previous.unsqueeze(1), x, torch.stack(mixes))  # (mixes, B, 1, C)
+    return tuple(linear(one, weight) for one, weight in zip(mixed, weights, strict=True))
+
+
+def gated_linear(gate: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """`GatedLinear`."""
+    if torch.is_grad_enabled():
+        return GatedLinear.apply(gate, y, weight)
+    return linear(torch.sigmoid(gate) * y, weight)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """`SquaredReLU`."""
+    return SquaredReLU.apply(x) if torch.is_grad_enabled() else torch.relu(x).square_()
+
+
 class TimeMix(nn.Module):
     """Attention's place: a decaying average of values over time, gated by receptance."""
 
@@ -158,11 +180,11 @@ class TimeMix(nn.Module):
         if one_token and can_step(x, self.key.weight, self.wkv_backend):
             y, state = time_mix_step(x[:, 0], previous, mixes, weights, w, u, state)
             return self.output(y).unsqueeze(1), state
-        k, v, r = ShiftLinear.apply(x, previous, 3, *mixes, *weights)
+        k, v, r = shift_linear(x, previous, mixes, weights)
         if pad is not None:
             k = k.masked_fill(pad, max(PAD_KEY, torch.finfo(k.dtype).min / 2))
         y, state = wkv(w, u, k, v, state, self.wkv_backend)
-        return GatedLinear.apply(r, y, self.output.weight), state
+        return gated_linear(r, y, self.output.weight), state
 
 
 class ChannelMix(nn.Module):
@@ -182,10 +204,10 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, previous: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        mixes = (self.time_mix_k, self.time_mix_r)
-        weights = (self.key.weight, self.receptance.weight)
-        k, r = ShiftLinear.apply(x, previous.to(x.dtype), 2, *mixes, *weights)
-        return torch.sigmoid(r) * self.value(SquaredReLU.apply(k))  # k (B, T, F)
+        mixes = [self.time_mix_k, self.time_mix_r]
+        weights = [self.key.weight, self.receptance.weight]
+        k, r = shift_linear(x, previous, mixes, weights)
+        return torch.sigmoid(r) * self.value(squared_relu(k))  # k (B, T, F)
 
 
 class Block(nn.Module):

@@ -51,6 +51,7 @@ def _openmp() -> int | None:
     return ctypes.cast(fork, ctypes.c_void_p).value
 
 
+@cache
 def _function(source: str, name: str) -> Callable[..., int]:
     library = _library(source)
     if isinstance(library, str):
@@ -73,15 +74,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     All are contiguous; the result is float32.
     """
     n_out, n_in = weight.shape
-    y = x.new_empty(*x.shape[:-1], n_out)
+    y = x.new_empty((*x.shape[:-1], n_out))
+    arrays = x.data_ptr(), weight.data_ptr(), bias if bias is None else bias.data_ptr()
     _function("linear_cpu.cpp", "linear_rows")(
         _DTYPES[weight.dtype],
         x.numel() // n_in,
         n_in,
         n_out,
-        x.data_ptr(),
-        weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        *arrays,
         y.data_ptr(),
         torch.get_num_threads(),
         _openmp(),

@@ -57,7 +57,10 @@ struct Linear {
     int64_t i = 0;
     for (; i + LANES <= n_in; i += LANES) {
       Floats parts[OUT];
-      for (int o = 0; o < OUT; ++o) parts[o] = widen(weights + o * n_in + i);
+      for (int o = 0; o < OUT; ++o) {
+        parts[o] = widen(weights + o * n_in + i);
+        __builtin_prefetch(weights + (o + OUT) * n_in + i, 0, 2);
+      }
       for (int r = 0; r < ROWS; ++r) {
         const Floats input = widen(from + r * n_in + i);
         for (int o = 0; o < OUT; ++o) sums[o][r] += parts[o] * input;
@@ -82,7 +85,7 @@ struct Linear {
   void rows(int64_t n, int64_t begin, int64_t end) const {
     for (int64_t row = 0; row < n;) {
       switch (n - row) {
-        case 1: outputs<1, 4>(row, begin, end); return;
+        case 1: outputs<1, 8>(row, begin, end); return;
         case 2: outputs<2, 4>(row, begin, end); return;
         case 3: outputs<3, 4>(row, begin, end); return;
         default: outputs<4, 4>(row, begin, end); row += 4;
