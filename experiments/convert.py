@@ -1,0 +1,69 @@
+"""Take in or give out a checkpoint: ``python -m experiments.convert source=PATH target=PATH``.
+
+From a `.pth`, a `.safetensors` or a folder in Hugging Face's format to a run directory, which
+evaluate, generate and benchmark take like any other; or from a run directory to one of those.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from experiments.config import plain
+from experiments.entry import entry
+
+DTYPES = ("float32", "bfloat16", "float16")
+ENDINGS = (".pth", ".safetensors")
+OF_IMPORT = ("tokenizer", "ctx_len", "training_tokens", "rescaled")
+
+
+@entry("convert")
+def main(cfg: DictConfig) -> None:
+    settings = plain(cfg)
+    check_settings(settings)
+    source, target = (Path(str(settings.pop(key))).expanduser() for key in ("source", "target"))
+    if not source.exists():
+        raise FileNotFoundError(f"there is no source={source}")
+    if target.exists():
+        raise ValueError(f"target={target} exists: choose another name, or remove it")
+    is_run = (source / "config.yaml").is_file()
+    if not is_run and target.suffix in ENDINGS:
+        raise ValueError(
+            f"source={source} is no run directory, and only a run is written as a {target.suffix}: "
+            "convert it to a run directory first (target=runs/NAME/MODEL/LABEL)"
+        )
+
+    from experiments.exchange import export_checkpoint, import_checkpoint
+
+    if is_run:
+        for key in OF_IMPORT:
+            if settings.pop(key) is not None:
+                raise ValueError(f"{key}= is for checkpoints from outside: {source} is a run")
+        export_checkpoint(source, target, **settings)
+        return
+    settings.pop("checkpoint")
+    if settings["tokenizer"] is not None:
+        settings["tokenizer"] = Path(str(settings["tokenizer"])).expanduser()
+    import_checkpoint(source, target, **settings)
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raise ValueError for a value that no conversion can have."""
+    for key in ("ctx_len", "training_tokens"):
+        value = settings[key]
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{key} is {value!r}: it must be a whole number above 0")
+    choices = {
+        "dtype": (None, *DTYPES),
+        "checkpoint": ("last", "best"),
+        "rescaled": (None, True, False),
+        "check": (True, False),
+    }
+    for key, allowed in choices.items():
+        if settings[key] not in allowed:
+            shown = ", ".join("null" if v is None else str(v).lower() for v in allowed)
+            raise ValueError(f"{key} is {settings[key]!r}: choose {shown}")
+
+
+if __name__ == "__main__":
+    main()

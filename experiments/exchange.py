@@ -1,0 +1,279 @@
+"""Checkpoints in and out: an outside file becomes a run directory, a run an outside file.
+
+What is written is made under a temporary name beside the target, checked against the library it is
+from or for, and renamed.
+"""
+
+import json
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from experiments.data.tokenizer import END_OF_TEXT, JsonTokenizer, Tokenizer, read_tokenizer
+from experiments.outside import compare
+from experiments.run_dir import RunDir, model_weights, write_json, write_text
+from experiments.weights_file import (
+    Source,
+    load_pickle,
+    new_target,
+    read_json,
+    read_source,
+    sha256,
+    write_weights,
+)
+from models import convert, rescale
+from models.language_model import LanguageModel, count_parameters
+
+CTX_LEN = 1024  # what the released RWKV-4 files were first trained at; a `.pth` does not say
+
+
+def import_checkpoint(
+    source: Path,
+    target: Path,
+    tokenizer: Path | None = None,
+    ctx_len: int | None = None,
+    training_tokens: int | None = None,
+    dtype: str | None = None,
+    rescaled: bool | None = None,
+    check: bool = True,
+) -> None:
+    """Make the run directory `target` of a checkpoint from outside; `experiments.convert` has more.
+
+    Raises:
+        FileNotFoundError, ValueError: if the source cannot be read or represented, with the reason,
+            or if its library computes other logits. Nothing is left behind.
+    """
+    found = read_source(source)
+    weights, model, net = represent(found, ctx_len, rescaled)
+    kept = checked_values(weights, dtype)
+    described = find_tokenizer(source, tokenizer, model.vocab_size)
+    name = target.resolve().parts[-3:]
+    manifest = {
+        "suite": name[0],
+        "model": name[1],
+        "family": model.family,
+        "name": "/".join(name),
+        "seed": None,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "parameters": count_parameters(model),
+        "n_layer": model.n_layer,
+        "n_embd": model.n_embd,
+        "ctx_len": model.ctx_len,
+        "flops_per_token": model.flops_per_token(model.ctx_len),
+        "converted": {
+            "format": found.kind,
+            "file": source.resolve().name,
+            "sha256": sha256(found.files),
+            "training_tokens": training_tokens,
+        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    config = {
+        "suite": name[0],
+        "seed": 0,
+        "ctx_len": model.ctx_len,
+        "model": {"name": name[1], "net": net},
+        "paths": {"runs": "runs"},
+    }
+    with new_target(target, is_file=False) as folder:
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+        write_json(folder / "manifest.json", manifest)
+        if described is not None:
+            write_text(folder / "tokenizer.json", described.to_json() + "\n")
+        (folder / "checkpoints").mkdir()
+        state = {"state_dict": {f"model.{key}": value for key, value in kept.items()}}
+        torch.save(state, folder / "checkpoints" / "last.ckpt")
+        if check:
+            compare(model, weights, found.kind, source, folder, rescaled is True)
+        write_json(folder / "result.json", {"converted": True})
+    print(f"{target}: {summary(model, kept)}")
+    if described is None:
+        print("no tokenizer was found: give tokenizer=FILE, or text cannot be scored or generated")
+
+
+def represent(
+    source: Source, ctx_len: int | None, rescaled: bool | None
+) -> tuple[dict[str, Tensor], LanguageModel, dict[str, Any]]:
+    """A source's weights under our names, the empty model that they fit, and its `net` settings.
+
+    Raises:
+        ValueError: if tensors or settings are not those of a model of ours.
+    """
+    kind = source.kind
+    tensors: dict[str, Tensor] = {}
+    for name, value in source.tensors.items():
+        plain = convert.file_name(name, kind)
+        if plain in tensors:
+            raise ValueError(f"tensor {plain} is there twice, once as {name}")
+        if plain is not None:
+            tensors[plain] = value
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    sizes = convert.infer_sizes(shapes, kind)
+    settings: dict[str, Any] = {"ctx_len": CTX_LEN}
+    if kind.startswith("hf_"):
+        settings = convert.hf_settings(source.config, sizes, kind)
+    if ctx_len is not None:
+        settings["ctx_len"] = ctx_len
+    model = convert.empty_model(sizes | settings, kind)
+    names = convert.match(shapes, model, kind)
+    ours = model.state_dict()
+    weights = {name: tensors[theirs].reshape(ours[name].shape) for name, theirs in names.items()}
+    if kind == "hf_rwkv":
+        weights = whole(weights, rescale.halving_period(source.config), rescaled)
+    cls = convert.FAMILIES[kind]
+    return weights, model, {"_target_": f"{cls.__module__}.{cls.__name__}", **sizes, **settings}
+
+
+def whole(weights: dict[str, Tensor], every: int, rescaled: bool | None) -> dict[str, Tensor]:
+    """The weights as they were trained, where Hugging Face's RWKV may have been saved divided.
+
+    Raises:
+        ValueError: if they look divided and the user has not said whether they are.
+    """
+    if rescaled is None:
+        step = rescale.step_height(weights, every)
+        if step is not None and step < rescale.SUSPICIOUS:
+            raise ValueError(
+                f"attention.output and feed_forward.value fall by 2^{step:.2f} every {every} "
+                "layers, as if the folder was saved after the model had run in inference mode, "
+                "which halves them: say rescaled=true to multiply them back, or rescaled=false to "
+                "take them as they are"
+            )
+    if not rescaled:
+        return weights
+    shifts = {name: rescale.shift(name, every) for name in weights}
+    # only what is to change is copied into memory
+    return {name: w * 2 ** shifts[name] if shifts[name] else w for name, w in weights.items()}
+
+
+def checked_values(weights: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
+    """The weights in `dtype` (None: as they are), all of them finite.
+
+    Raises:
+        ValueError: naming the first tensor that holds a NaN or an infinity, or a foreign dtype.
+    """
+    convert.same_dtype(weights.values())
+    kept = {}
+    for name, value in weights.items():
+        kept[name] = value if dtype is None else value.to(convert.DTYPES[dtype])
+        if not bool(kept[name].isfinite().all()):
+            raise ValueError(f"tensor {name} holds NaN or infinity (as {kept[name].dtype})")
+    return kept
+
+
+def find_tokenizer(source: Path, given: Path | None, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer in the file given, or else in the source folder's tokenizer.json, if any.
+
+    A file may be of the `tokenizers` library or of a run directory. Raises ValueError or
+    FileNotFoundError if it cannot be read or has more ids than the model.
+    """
+    file = given
+    if file is None:
+        if not (source / "tokenizer.json").is_file():
+            return None
+        file = source / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no tokenizer={file}")
+    if "kind" in read_json(file):  # a run's description
+        found = Tokenizer.from_json(file.read_text(encoding="utf-8"))
+        if found.vocab_size > vocab_size:
+            raise ValueError(
+                f"{file} has {found.vocab_size} ids, the model {vocab_size}: it is of another model"
+            )
+        return found
+    return read_tokenizer(str(file), end_of_text(file.parent), vocab_size)
+
+
+def end_of_text(folder: Path) -> str:
+    """The end-of-text token that a tokenizer's neighbour tokenizer_config.json names."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return END_OF_TEXT
+    token = read_json(folder / "tokenizer_config.json").get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else END_OF_TEXT
+
+
+def export_checkpoint(
+    source: Path,
+    target: Path,
+    checkpoint: str = "last",
+    dtype: str | None = None,
+    check: bool = True,
+) -> None:
+    """Write a run's weights as `target`: `.pth`, `.safetensors` or a Hugging Face folder.
+
+    Raises:
+        FileNotFoundError, ValueError: if the run cannot be read, its model does not exist in the
+            format, or the other library computes other logits. Nothing is left behind.
+    """
+    run = RunDir(source)
+    path = run.checkpoint(checkpoint)
+    settings = OmegaConf.to_container(run.config.model.net, resolve=True)
+    assert isinstance(settings, dict)
+    target_class = str(settings.pop("_target_"))
+    families = {f"{c.__module__}.{c.__name__}": f for f, c in convert.FAMILIES.items() if "hf" in f}
+    if target_class not in families:
+        raise ValueError(f"{source} is a {target_class}: only {', '.join(families)} have a format")
+    kind = families[target_class]
+    if target.suffix in (".pth", ".safetensors"):
+        if kind == "hf_gpt_neox":
+            raise ValueError(
+                f"{target.suffix} is a format of RWKV: a GPT is exported to a folder (target=DIR)"
+            )
+        kind = "rwkv_pth" if target.suffix == ".pth" else "rwkv_safetensors"
+    model = convert.empty_model({str(k): v for k, v in settings.items()}, kind)
+    loaded = load_pickle(path)
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds no model weights")
+    weights = model_weights(loaded, path)
+    ours = convert.match({k: v.shape for k, v in weights.items()}, model, "rwkv_pth")
+    weights = checked_values({name: weights[name] for name in ours}, dtype)
+    tensors = {convert.outside_name(name, kind): value for name, value in weights.items()}
+    with new_target(target, is_file=not kind.startswith("hf_")) as made:
+        if kind.startswith("hf_"):
+            write_folder(made, run, model, tensors)
+        else:
+            write_weights(made, tensors)
+        if check:
+            compare(model, weights, kind, made, made.parent)
+    print(f"{target}: {summary(model, weights)}")
+
+
+def write_folder(
+    folder: Path, run: RunDir, model: LanguageModel, tensors: dict[str, Tensor]
+) -> None:
+    """config.json, model.safetensors and, of a `json` tokenizer, Hugging Face's three files."""
+    file = run.path / "tokenizer.json"
+    tokenizer = Tokenizer.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+    eot_id = 0 if tokenizer is None else tokenizer.eot_id
+    dtype = convert.same_dtype(tensors.values())
+    write_json(folder / "config.json", convert.hf_config(model, eot_id, dtype))
+    write_weights(folder / "model.safetensors", tensors)
+    if not isinstance(tokenizer, JsonTokenizer):
+        has = "no" if tokenizer is None else f"a {tokenizer.kind}"
+        print(f"the run has {has} tokenizer, so none is exported: ids in, ids out")
+        return
+    described = tokenizer.description()
+    text = json.dumps(described["tokenizer"], ensure_ascii=False)
+    write_text(folder / "tokenizer.json", text + "\n")
+    special = {f"{role}_token": described["eot"] for role in ("bos", "eos", "pad")}
+    write_json(folder / "special_tokens_map.json", special)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.ctx_len,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", settings | special)
+
+
+def summary(model: LanguageModel, weights: dict[str, Tensor]) -> str:
+    """What was converted, in one line."""
+    return (
+        f"{model.family}, {model.n_layer} layers of {model.n_embd}, vocabulary "
+        f"{model.vocab_size}, ctx_len {model.ctx_len}, {convert.same_dtype(weights.values())}"
+    )
