@@ -3,9 +3,18 @@
 import pytest
 import torch
 
-from models.generation import generate, sample
+from models.generation import (
+    Generation,
+    Past,
+    Sampling,
+    generate,
+    pad_left,
+    prefill,
+    reset_rows,
+    sample,
+)
 from models.gpt import GPT
-from models.language_model import LanguageModel
+from models.language_model import LanguageModel, State, select_rows
 from models.rwkv4 import RWKV4
 
 V = 37
@@ -100,7 +109,7 @@ def test_a_gpt_ends_at_its_context_and_rwkv_does_not(model: LanguageModel) -> No
 
 def frequencies(logits: list[float], **settings: float) -> torch.Tensor:
     rows = torch.tensor(logits).expand(20000, -1)
-    drawn = sample(rows, generator=torch.Generator().manual_seed(0), **settings)
+    drawn = sample(rows, Sampling(**settings), torch.Generator().manual_seed(0))
     return torch.bincount(drawn, minlength=len(logits)) / len(rows)
 
 
@@ -125,8 +134,143 @@ def test_sampling_frequencies() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"temperature": -1.0}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_p": 0.0}, "top_p")],
+    [
+        ({"temperature": -1.0}, "temperature must be a number from 0 on, got -1.0"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"temperature": float("inf")}, "temperature must be"),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
+        ({"top_k": 2.5}, "top_k must be"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ({"top_p": 1.5}, "top_p must be"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": -2.0}, "repetition_penalty must be"),
+    ],
 )
 def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        sample(torch.zeros(1, 3), **{"temperature": 1.0} | settings)
+        Sampling(**settings)
+
+
+def test_a_penalty_makes_what_was_seen_less_likely() -> None:
+    logits = torch.tensor([[2.0, -1.0, 1.5, -3.0]])
+    seen = torch.tensor([[True, True, False, False]])
+    how = Sampling(temperature=1.0, repetition_penalty=2.0)
+    rows, marks = logits.expand(20000, -1), seen.expand(20000, -1)
+    drawn = sample(rows, how, torch.Generator().manual_seed(0), marks)
+    expected = torch.tensor([1.0, -2.0, 1.5, -3.0]).softmax(-1)  # by hand: 2 / 2, -1 * 2
+    torch.testing.assert_close(
+        torch.bincount(drawn, minlength=4) / 20000, expected, atol=0.015, rtol=0
+    )
+    assert sample(logits, Sampling(), None, seen).item() == 0
+    assert sample(logits, Sampling(repetition_penalty=2.0), None, seen).item() == 2
+
+
+def test_the_penalty_counts_prompt_and_new_ids(model: LanguageModel) -> None:
+    new = generate(model, PROMPTS, 12, repetition_penalty=1e6)
+    for prompt, row in zip(PROMPTS, new, strict=True):
+        assert len({*prompt, *row}) == len(prompt) + 12  # never one again
+    # with the prompt's start in a state, it counts as well
+    _, state = read(model, [PROMPTS[0][:4]])
+    rest = Generation(
+        model,
+        [PROMPTS[0][4:]],
+        Sampling(repetition_penalty=1e6),
+        past=Past(state, [PROMPTS[0][:4]]),
+    )
+    assert [rest.step()[0][1] for _ in range(12)] == new[0]
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 9}, {"top_p": 0.8, "repetition_penalty": 1.3}], ids=str
+)
+def test_a_row_in_a_batch_gets_what_it_gets_alone(model: LanguageModel, settings: dict) -> None:
+    settings = settings | {"temperature": 1.0}
+    free = generate(model, PROMPTS, 20, generator=generators(7, 8, 9, 10), **settings)
+    settings["eot_id"] = free[0][5]
+    together = generate(model, PROMPTS, 20, generator=generators(7, 8, 9, 10), **settings)
+    for prompt, seed, row in zip(PROMPTS, (7, 8, 9, 10), together, strict=True):
+        assert generate(model, [prompt], 20, generator=generators(seed), **settings) == [row]
+    assert len({len(row) for row in together}) > 1  # rows ended apart
+    same = generate(model, [PROMPTS[3]] * 3, 20, generator=generators(4, 5, 4), **settings)
+    assert same[0] == same[2] != same[1]
+
+
+@torch.no_grad()
+def read(model: LanguageModel, prompts: list[list[int]], chunk_len: int = 512) -> tuple:
+    ids, n_pad = pad_left(prompts, torch.device("cpu"))
+    return prefill(model, ids, model.init_state(len(prompts), n_pad), chunk_len)
+
+
+@torch.no_grad()
+def test_ragged_rows_have_the_logits_they_have_alone(model: LanguageModel) -> None:
+    for chunk_len in (512, 3, 1):
+        x, state = read(model, PROMPTS, chunk_len)
+        for row, prompt in enumerate(PROMPTS):
+            logits, _ = model(torch.tensor([[*prompt, 1, 2]]))
+            torch.testing.assert_close(
+                model.head(x[row]), logits[0, len(prompt) - 1], atol=1e-5, rtol=1e-5
+            )
+            after, _ = model(torch.tensor([[1, 2]] * len(PROMPTS)), state)
+            torch.testing.assert_close(after[row], logits[0, -2:], atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompt_is_read_in_chunks(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = []
+    features = model.features
+
+    def spy(ids: torch.Tensor, state: State | None = None) -> tuple:
+        lengths.append(ids.shape[1])
+        return features(ids, state)
+
+    whole = generate(model, PROMPTS, 3)
+    monkeypatch.setattr(model, "features", spy)
+    assert generate(model, PROMPTS, 3, chunk_len=3) == whole
+    assert lengths == [3, 3, 1, 1, 1]
+    with pytest.raises(ValueError, match="chunk_len must be at least 1, got 0"):
+        generate(model, PROMPTS, 3, chunk_len=0)
+
+
+def test_a_state_forks_and_goes_on(model: LanguageModel) -> None:
+    _, state = read(model, [PROMPTS[0][:3]])
+    before = {name: value.clone() for name, value in state.items()}
+    forks = select_rows(state, torch.tensor([0, 0]))
+    going = Generation(
+        model, [PROMPTS[0][3:], [9, 9, 9, 9]], Sampling(), past=Past(forks, [PROMPTS[0][:3]] * 2)
+    )
+    new: list[list[int]] = [[], []]
+    for _ in range(6):
+        for row, token in going.step():
+            new[row].append(token)
+    assert new == generate(model, [PROMPTS[0], [*PROMPTS[0][:3], 9, 9, 9, 9]], 6)
+    assert going.n_read == 3 + 4 + 5
+    assert all(torch.equal(state[name], value) for name, value in before.items())
+    with pytest.raises(ValueError, match="one prompt for each of its rows, all of one length"):
+        Generation(model, [[1], [2, 3]], Sampling(), past=Past(forks, [[1], [1]]))
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[2:], PROMPTS], ids=["equal", "ragged"])
+@torch.no_grad()
+def test_a_reset_row_starts_anew_and_the_others_stay(
+    model: LanguageModel, prompts: list[list[int]]
+) -> None:
+    _, state = read(model, prompts)
+    n_read = max(map(len, prompts))
+    new = reset_rows(model, state, torch.tensor([1]), n_read)
+    ids = torch.tensor([[4, 5, 6]] * len(prompts))
+    logits, after = model(ids, new)
+    expected, _ = model(ids, state)
+    expected[1] = model(ids[:1])[0][0]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    again, _ = model(ids, reset_rows(model, after, torch.arange(len(prompts)), n_read + 3))
+    torch.testing.assert_close(again, model(ids)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_logits_that_are_not_finite_are_refused(model: LanguageModel) -> None:
+    with torch.no_grad():
+        model.head.weight[3] = float("inf")
+    with pytest.raises(ValueError, match="logits are not finite"):
+        generate(model, PROMPTS, 3)
