@@ -1,4 +1,8 @@
-"""The tasks that `evaluate` scores: lm-eval's by name, and our own (`experiments/tasks.py`)."""
+"""The tasks that `evaluate` scores: lm-eval's by name, and our own (`experiments/tasks.py`).
+
+Rows come from the hub or, without any network, from a pack; what a task asks and how it is scored
+is always the installed lm-eval's.
+"""
 
 import difflib
 from functools import cached_property
@@ -6,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.entry import one_line
+from experiments.pack import Pack
+from experiments.task_files import definition, scored_split, task_config, task_from_rows
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -20,12 +26,23 @@ class Tasks:
         names: lm-eval's names of tasks, groups or tags, or those of `OWN_TASKS`.
         include_path: a folder of further task yaml files, or None.
         seed: of the questions of our own tasks.
+        pack: a folder that `experiments.prefetch` made, or None for the hub and its cache. With a
+            pack a group stands for its tasks, without an average.
+        n_documents: rows of whole official splits by task, where known.
 
     Raises:
-        ValueError: for a name that nobody knows, with names like it, or none at all.
+        ValueError: for a name that nobody knows, with names like it, or none at all; for a pack
+            that is damaged, lacks a task, or was made for another definition of one.
     """
 
-    def __init__(self, names: list[str], include_path: str | None, seed: int) -> None:
+    def __init__(
+        self,
+        names: list[str],
+        include_path: str | None,
+        seed: int,
+        pack: str | Path | None = None,
+        n_documents: dict[str, int] | None = None,
+    ) -> None:
         from experiments.tasks import OWN_TASKS
 
         if not names:
@@ -35,25 +52,88 @@ class Tasks:
         self.names = list(dict.fromkeys(names))
         self.include_path = include_path
         self.seed = seed
+        self.pack = Pack(pack) if pack is not None else None
+        self._n_documents = n_documents or {}
         self._own = OWN_TASKS
         self._loaded: dict[tuple[str, str], dict[str, Any] | ValueError] = {}
+        if self.pack is not None:
+            self._check_pack(self.pack)
+            return
         for name in self.names:
             if name not in OWN_TASKS and name not in self._manager.all_tasks:
-                near = difflib.get_close_matches(name, [*OWN_TASKS, *self._manager.all_tasks], 5)
-                hint = f"; like it are {', '.join(near)}" if near else ""
+                hint = near(name, [*OWN_TASKS, *self._manager.all_tasks])
                 raise ValueError(f"lm-eval knows no task {name!r}{hint}")
+
+    def _check_pack(self, pack: Pack) -> None:
+        """Expand the groups among `names`, and compare the pack with what is installed."""
+        from importlib.metadata import version
+
+        expanded = [leaf for name in self.names for leaf in pack.groups.get(name, [name])]
+        self.names = list(dict.fromkeys(expanded))
+        lacking = [n for n in self.names if n not in self._own and n not in pack.tasks]
+        if lacking:
+            raise ValueError(
+                f"{pack.path} has no task {', '.join(lacking)}: it has {', '.join(pack.tasks)}"
+            )
+        if pack.lm_eval != version("lm-eval"):
+            raise ValueError(
+                f"{pack.path} was made with lm-eval {pack.lm_eval}, here is {version('lm-eval')}: "
+                "install that version, or make the pack again with this one"
+            )
+        for name in self.names:
+            if name not in self._own:
+                ours, theirs = definition(*self.task_file(name)), pack.definition(name)
+                differ = sorted(
+                    key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)
+                )
+                if differ:
+                    raise ValueError(
+                        f"task {name} is defined otherwise here than in {pack.path} (its "
+                        f"{', '.join(differ)}): use the task files the pack was made with, or make "
+                        "it again"
+                    )
+
+    @cached_property
+    def _local(self) -> "TaskManager | None":
+        """The index of the user's own task files."""
+        from lm_eval.tasks import TaskManager
+
+        if self.include_path is None:
+            return None
+        return TaskManager(include_path=self.include_path, include_defaults=False)
 
     @cached_property
     def _manager(self) -> "TaskManager":
         """lm-eval's index of task files; reading all of its own takes ten seconds."""
         from lm_eval.tasks import TaskManager
 
-        if self.include_path is not None:
-            local = TaskManager(include_path=self.include_path, include_defaults=False)
-            if all(name in self._own or name in local.all_tasks for name in self.names):
-                return local
+        local = self._local
+        if local and all(name in self._own or name in local.all_tasks for name in self.names):
+            return local
         print("reading the index of lm-eval's tasks ...", flush=True)
         return TaskManager(include_path=self.include_path)
+
+    def task_file(self, name: str) -> tuple[Path, Path]:
+        """A task's yaml file and the folder of task files it belongs to.
+
+        Raises:
+            ValueError: if the installed lm-eval has no such file.
+        """
+        from lm_eval import tasks
+
+        theirs = Path(tasks.__file__).resolve().parent
+        if self.include_path is not None and self._local and name in self._local.task_index:
+            file, root = self._local.task_index[name].yaml_path, Path(self.include_path).resolve()
+        elif self.pack is not None:
+            file, root = theirs / (self.pack.tasks[name]["source"] or "its own.yaml"), theirs
+        else:
+            file, root = self._manager.task_index[name].yaml_path, theirs
+        if file is None or not file.is_file():
+            raise ValueError(
+                f"there is no file that defines task {name}: if it is one of your own, give the "
+                "folder of its file as tasks.include_path"
+            )
+        return file.resolve(), root
 
     def uses_data(self, name: str) -> bool:
         """True if a task is made from the run's own held-out text."""
@@ -61,12 +141,31 @@ class Tasks:
 
     def members(self, name: str) -> list[str] | None:
         """Names of the tasks behind a name, None for a group, which must be loaded to tell."""
-        if name in self._own:
+        if name in self._own or self.pack is not None:
             return [name]
         entry_ = self._manager.task_index[name]
         if entry_.kind.name == "TAG":
             return sorted(entry_.tags)
         return None if entry_.kind.name == "GROUP" else [name]
+
+    def leaves(self, name: str) -> list[str]:
+        """Names of the tasks behind a name, groups within groups followed.
+
+        Raises:
+            ValueError: for a group that changes settings of its tasks or defines some itself.
+        """
+        index = self._manager.task_index
+        entry_ = index[name]
+        if entry_.kind.name == "TAG":
+            return sorted(entry_.tags)
+        if entry_.kind.name != "GROUP":
+            return [name]
+        leaves: list[str] = []
+        for child in (entry_.cfg or {}).get("task") or []:
+            if not isinstance(child, str) or child not in index:
+                raise ValueError(f"group {name} defines tasks of its own: name other tasks instead")
+            leaves += self.leaves(child)
+        return list(dict.fromkeys(leaves))
 
     def load(self, name: str, data: "TokenData | None") -> dict[str, Any]:
         """lm-eval's dictionary of task objects for a name; `data` for a task of our own.
@@ -88,9 +187,41 @@ class Tasks:
     def _build(self, name: str, data: "TokenData | None") -> dict[str, Any]:
         from lm_eval.api.task import ConfigurableTask
 
-        if data is None:
+        if data is not None:
+            return {"tasks": {name: ConfigurableTask(config=self._own[name](data, self.seed))}}
+        if self.pack is not None:
+            config = task_config(self.task_file(name)[0])
+            return {"tasks": {name: task_from_rows(config, self.pack.dataset(name))}}
+        try:
             return dict(self._manager.load([name]))
-        return {"tasks": {name: ConfigurableTask(config=self._own[name](data, self.seed))}}
+        except ImportError as error:
+            if not (error.name or "").startswith("transformers"):
+                raise
+            for leaf in self.leaves(name):  # lm-eval keeps the code of a task file once imported
+                task_config(self.task_file(leaf)[0])
+            return dict(self._manager.load([name]))
+
+    def documents(self, name: str) -> dict[str, Any]:
+        """How many documents a task's official split has, and whether fewer are here.
+
+        `official` is None where nobody said; `subset` is None where it is not known, as for a task
+        from the hub that is not loaded yet.
+        """
+        if self.pack is not None and name in self.pack.tasks:
+            return {key: self.pack.tasks[name][key] for key in ("official", "subset")}
+        official = self._n_documents.get(name)
+        subset = None
+        for loaded in self._loaded.values():
+            if official is not None and isinstance(loaded, dict) and name in loaded["tasks"]:
+                task = loaded["tasks"][name]
+                subset = len(task.dataset[scored_split(vars(task.config))]) < official
+        return {"official": official, "subset": subset}
+
+
+def near(name: str, known: list[str]) -> str:
+    """The part of an error line that proposes names like a misspelt one."""
+    like = difflib.get_close_matches(name, known, 5)
+    return f"; like it are {', '.join(like)}" if like else ""
 
 
 def load_failure(error: Exception) -> str:
@@ -98,7 +229,8 @@ def load_failure(error: Exception) -> str:
     if isinstance(error, OSError) and not isinstance(error, PermissionError):
         return (
             f"its documents are neither cached here nor can they be downloaded "
-            f"({one_line(error)[:160]}): load it once where there is a network and copy HF_HOME, "
-            "or describe local files in a task yaml and give its folder as tasks.include_path"
+            f"({one_line(error)[:160]}): make a pack where there is a network "
+            "(python -m experiments.prefetch) and give it as pack=DIR, or describe local files in "
+            "a task yaml and give its folder as tasks.include_path"
         )
     return one_line(error)[:300]

@@ -19,8 +19,7 @@ ONLY_IN = {
         "experiments/lm_eval_adapter.py",
         "experiments/evaluate.py",
         "experiments/lm_eval_tasks.py",
-        "experiments/pack.py",
-        "experiments/prefetch.py",
+        "experiments/task_files.py",
         "experiments/tasks.py",
     },
 }
