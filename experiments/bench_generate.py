@@ -1,62 +1,96 @@
-"""bench=generate: what generating text costs, measured on trained runs, next to their results."""
+"""bench=generate: what trained runs cost at a context length, prefill and decode apart.
 
+The figures go into each run's bench/generate.json, next to its results.
+"""
+
+import ctypes
 import json
+import multiprocessing
 import statistics
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 
-from experiments.bench_measure import Report, Row, check_counts, interleaved, read_rows
-from experiments.run_dir import RunDir, find_runs, load_model, write_json
-from models.generation import generate as generate_ids
-from models.language_model import LanguageModel
+from experiments.bench_measure import (
+    M_MMAP_THRESHOLD,
+    Report,
+    Row,
+    check_counts,
+    interleaved,
+    read_rows,
+)
+from experiments.entry import RunFailed
+from experiments.run_dir import DTYPES, RunDir, find_runs, load_model, write_json
+from models.generation import Sampling, prefill, sample
+from models.language_model import LanguageModel, State
 
 CHECKPOINT = "last"  # every run has it at the same budget
-FIRST = 16  # the shortest length measured; the next ones double
-PROMPT = [[0]]  # batch 1, one token: the cost does not depend on which
+FIRST = 16  # the shortest length measured; each next one is so many times longer:
+FACTOR = 4
+DECODED = 16  # tokens generated at each length; their median counts
+
+Costs = list[tuple[float, list[float]]]  # at each length: prefill seconds, those of each token
 
 
 def generate(
     run: str | list[str] | None,
     suite: str | None,
     max_tokens: int,
+    chunk_len: int,
     repeats: int,
     device: str,
+    dtype: str,
     force: bool,
     runs_root: str,
 ) -> Report:
-    """Seconds to generate 16, 32, ... tokens with each run, into its bench/generate.json.
+    """Cost of reading 16, 64, 256, ... tokens with each run, and of generating after them.
 
     A run is not measured again if its file has the same protocol and lengths, unless `force`.
 
     Raises:
-        ValueError: unless exactly one of run and suite is given, or if max_tokens is too small.
+        ValueError: unless exactly one of run and suite is given; for a bad count or dtype.
         FileNotFoundError: if no run directory is there.
+        RunFailed: if measuring the memory was killed; what was measured before is kept.
     """
     if (run is None) == (suite is None):
         raise ValueError("give the runs to measure: run=DIR (or a glob), or suite=NAME")
-    check_counts(max_tokens=max_tokens, repeats=repeats)
+    check_counts(max_tokens=max_tokens, chunk_len=chunk_len, repeats=repeats)
     if max_tokens < FIRST:
         raise ValueError(f"max_tokens is {max_tokens}: the first length measured is {FIRST}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     found = find_runs(run if run is not None else str(Path(runs_root) / str(suite) / "*" / "*"))
     finished = [one for one in found if one.finished]
-    marks, protocol = lengths(max_tokens), asked_protocol(device, repeats)
+    marks = lengths(max_tokens)
+    protocol = {
+        "batch_size": 1,
+        "n_threads": torch.get_num_threads(),
+        "dtype": dtype,  # what matrices are kept in, whatever a run was trained in
+        "device": device,
+        "chunk_len": chunk_len,
+        "repeats": repeats,
+        "checkpoint": CHECKPOINT,
+    }
     wanted = [one for one in finished if force or not is_measured(one, protocol, marks)]
     measure(wanted, marks, protocol)
-    rows = [table_row(one, read_rows(output(one))) for one in finished]
+    rows = [row for one in finished for row in table_rows(one, read_rows(output(one)))]
     notes = [
         f"{len(wanted)} measured, {len(finished) - len(wanted)} measured before, "
         f"{len(found) - len(finished)} left out (not finished).",
-        "Seconds are cumulative medians; state bytes are computed. A GPT is measured past its "
-        "trained context, opened with a longer one: what it writes there is poor, its cost right.",
+        f"Prefill reads a context of n_tokens in chunks of {chunk_len}; decode is a token after "
+        "it, median. State bytes are computed; the peak is resident memory beyond the weights.",
+        "A GPT is measured past its trained context, opened with a longer one: what it writes "
+        "there is poor, its cost right.",
     ]
-    return Report({"Generating with batch 1, float32": rows} if rows else {}, notes)
+    return Report({f"Generating with batch 1, {dtype}": rows} if rows else {}, notes)
 
 
 def output(run: RunDir) -> Path:
@@ -65,21 +99,11 @@ def output(run: RunDir) -> Path:
 
 
 def lengths(max_tokens: int) -> list[int]:
-    """16, 32, 64, ... up to max_tokens."""
-    return [FIRST << i for i in range((max_tokens // FIRST).bit_length())]
-
-
-def asked_protocol(device: str, repeats: int) -> dict[str, Any]:
-    """How every run of a benchmark is measured."""
-    return {
-        "batch_size": 1,
-        "n_threads": torch.get_num_threads(),
-        "dtype": "float32",  # what weights are kept in, whatever a run was trained in
-        "device": device,
-        "prompt_tokens": len(PROMPT[0]),
-        "repeats": repeats,
-        "checkpoint": CHECKPOINT,
-    }
+    """16, 64, 256, ... up to max_tokens."""
+    marks = [FIRST]
+    while marks[-1] * FACTOR <= max_tokens:
+        marks.append(marks[-1] * FACTOR)
+    return marks
 
 
 def is_measured(run: RunDir, protocol: dict[str, Any], marks: list[int]) -> bool:
@@ -94,67 +118,159 @@ def is_measured(run: RunDir, protocol: dict[str, Any], marks: list[int]) -> bool
 
 def measure(runs: list[RunDir], marks: list[int], protocol: dict[str, Any]) -> None:
     """Measure the runs in turn and write the file of each after the last of its repeats."""
-    seconds: dict[Path, list[list[float]]] = {run.path: [] for run in runs}
+    costs: dict[Path, list[Costs]] = {run.path: [] for run in runs}
 
     def candidate(run: RunDir) -> float:
         # loaded each time: holding every model of a suite at once may not be possible
-        model = open_model(run, marks[-1], protocol["device"])
-        timed_generation(model, marks[:1])  # warm-up
-        mine = seconds[run.path]
-        mine.append(timed_generation(model, marks))
+        model = open_model(run, marks[-1], protocol)
+        list(walk(model, marks[:1], protocol["chunk_len"]))  # warm-up
+        start = time.perf_counter()
+        mine = costs[run.path]
+        mine.append(list(walk(model, marks, protocol["chunk_len"])))
+        seconds = time.perf_counter() - start
         if len(mine) == protocol["repeats"]:
+            rows = cost_rows(model, marks, mine, peak_memory(run, marks, protocol))
             of_run = {"ctx_len": run.config.ctx_len, "ctx_len_measured": model.max_ctx}
-            content = {"protocol": protocol | of_run, "rows": cost_rows(model, marks, mine)}
-            write_json(output(run), content)
-        return mine[-1][-1]
+            write_json(output(run), {"protocol": protocol | of_run, "rows": rows})
+        return seconds
 
     repeats = protocol["repeats"]
     interleaved({run.name: partial(candidate, run) for run in runs}, repeats, warmup=0)
 
 
-def cost_rows(model: LanguageModel, marks: list[int], seconds: list[list[float]]) -> list[Row]:
-    """Median seconds and computed state bytes at each mark."""
+def cost_rows(
+    model: LanguageModel, marks: list[int], costs: list[Costs], peaks: list[int] | None
+) -> list[Row]:
+    """Medians over repeats (and over tokens decoded), computed state bytes, measured peaks."""
     return [
         {
             "n_tokens": n,
-            "seconds": statistics.median(repeat[i] for repeat in seconds),
+            "prefill_s": statistics.median(repeat[i][0] for repeat in costs),
+            "decode_s": statistics.median(s for repeat in costs for s in repeat[i][1]),
             "state_bytes": model.state_bytes(1, n),
-            "peak_mem_bytes": None,  # not to be told apart from the process's other memory
+            "peak_mem_bytes": peaks[i] if peaks else None,
         }
         for i, n in enumerate(marks)
     ]
 
 
-def open_model(run: RunDir, n_tokens: int, device: str) -> LanguageModel:
-    """A run's model, able to hold n_tokens: where max_ctx is less, with a longer one."""
-    model = load_model(run, CHECKPOINT, device)
-    if model.max_ctx is None or model.max_ctx >= n_tokens:
-        return model
-    longer = instantiate(run.config.model.net, ctx_len=n_tokens)
-    longer.load_state_dict(model.state_dict())  # positions are rotary: nothing to grow
-    return longer.to(device).eval()
+def open_model(run: RunDir, n_tokens: int, protocol: dict[str, Any]) -> LanguageModel:
+    """A run's model; a GPT of shorter context is opened with one that holds n_tokens and more."""
+    opened = RunDir(run.path)  # its config is read anew, and ours to change
+    net = opened.config.model.net  # positions are rotary: no weight depends on the context
+    net.ctx_len = max(net.ctx_len, n_tokens + DECODED)
+    return load_model(opened, CHECKPOINT, protocol["device"], protocol["dtype"])
 
 
-def timed_generation(model: LanguageModel, marks: list[int]) -> list[float]:
-    """Seconds from the start until so many tokens were generated, for each mark."""
-    seconds: list[float] = []
+@torch.inference_mode()
+def walk(
+    model: LanguageModel, marks: list[int], chunk_len: int
+) -> Iterator[tuple[float, list[float]]]:
+    """At each length: seconds to read so many tokens, and of each token generated after them.
 
-    def stop(row: int, ids: list[int]) -> bool:
-        if len(ids) in marks[:-1]:
-            seconds.append(time.perf_counter() - start)
+    Lengths beyond a chunk go on from the state of the one before, where that ended with a chunk.
+    """
+    device = model.emb.weight.device
+    text = torch.randint(
+        model.vocab_size, (1, marks[-1]), generator=torch.Generator().manual_seed(0)
+    ).to(device)
+    state, n_read, prefill_s = model.init_state(1), 0, 0.0
+    for n in marks:
+        if n_read % chunk_len:
+            state, n_read, prefill_s = model.init_state(1), 0, 0.0
+        start = now(device)
+        x, state = prefill(model, text[:, n_read:n], state, chunk_len)
+        token = sample(model.head(x), Sampling())
+        prefill_s += now(device) - start
+        n_read = n
+        yield prefill_s, decode(model, token, state)
+
+
+def decode(model: LanguageModel, token: torch.Tensor, state: State) -> list[float]:
+    """Seconds of each of the tokens that follow `token` (1,)."""
+    seconds = []
+    for _ in range(DECODED):
+        start = now(token.device)
+        x, state = prefill(model, token[:, None], state)
+        token = sample(model.head(x), Sampling())
+        seconds.append(now(token.device) - start)
+    return seconds
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, when all that was started on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_memory(run: RunDir, marks: list[int], protocol: dict[str, Any]) -> list[int] | None:
+    """Peak bytes beyond the weights up to each length, measured in a fresh process.
+
+    Processes are forked from one that has imported what they need and computed nothing. None
+    where the system does not tell a peak.
+
+    Raises:
+        RunFailed: if that process was killed, as one that runs out of memory is.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(peaks_of, run.path, marks, protocol).result()
+        except BrokenProcessPool:
+            raise RunFailed(
+                f"measuring the memory of {run.path} was killed: out of memory? Lower max_tokens"
+            ) from None
+
+
+def peaks_of(path: Path, marks: list[int], protocol: dict[str, Any]) -> list[int] | None:
+    """What `peak_memory` measures, in the process it is called in."""
+    torch.set_num_threads(protocol["n_threads"])
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc: freed blocks return at once, so that none is used twice
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    model = open_model(RunDir(path), marks[-1], protocol)
+    list(walk(model, marks[:1], protocol["chunk_len"]))  # libraries load what they need
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    device = torch.device(protocol["device"])
+    if not forget_peak(device):
+        return None
+    before = peak(device)
+    return [peak(device) - before for _ in walk(model, marks, protocol["chunk_len"])]
+
+
+def forget_peak(device: torch.device) -> bool:
+    """Let the peak start anew from what is held now; False where the system cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
         return False
-
-    start = time.perf_counter()
-    generate_ids(model, PROMPT, marks[-1], stop=stop)
-    return [*seconds, time.perf_counter() - start]
+    return True
 
 
-def table_row(run: RunDir, rows: list[dict[str, Any]]) -> Row:
+def peak(device: torch.device) -> int:
+    """Most bytes held since `forget_peak`: allocated on a GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(x.split()[1]) for x in status.splitlines() if x.startswith("VmHWM")) * 1024
+
+
+def table_rows(run: RunDir, rows: list[dict[str, Any]]) -> list[Row]:
     """A run's cost at its shortest and its longest length."""
-    first, last = rows[0], rows[-1]
-    row: Row = {"run": run.name}
-    for at in (first, last):
-        row[f"seconds@{at['n_tokens']}"] = at["seconds"]
-    n_new = last["n_tokens"] - first["n_tokens"]
-    row["tokens_per_s"] = n_new / (last["seconds"] - first["seconds"]) if n_new else None
-    return row | {"state_bytes": last["state_bytes"]}
+    return [
+        {
+            "run": run.name,
+            "n_tokens": row["n_tokens"],
+            "prefill_tokens_per_s": row["n_tokens"] / row["prefill_s"],
+            "decode_ms_per_token": row["decode_s"] * 1000,
+            "state_bytes": row["state_bytes"],
+            "peak_mem_bytes": row["peak_mem_bytes"],
+        }
+        for row in (rows[0], rows[-1])[: len(rows)]
+    ]
