@@ -60,6 +60,11 @@ def fixed(x: float, digits: int = 3) -> str:
     return f"{x:.{digits}f}" if math.isfinite(x) else MISSING
 
 
+def number(x: float) -> str:
+    """A score: four decimals, two for what is ten or more (a perplexity)."""
+    return fixed(x, 4 if abs(x) < 10 else 2)
+
+
 def percent(x: float) -> str:
     """A share in per cent."""
     return f"{100 * x:.1f} %" if math.isfinite(x) else MISSING

@@ -12,15 +12,11 @@ from analysis import formats as fmt
 from analysis import scaling as laws
 from analysis import style
 from analysis.study import (
-    CACHE_COPY,
     NothingToShowError,
     Study,
     best_variants,
-    generation_protocol,
     groups,
     loss_of,
-    mean_generation,
-    mean_scores,
 )
 
 MIN_SIZES_BAND = 4
@@ -38,20 +34,20 @@ class Plot:
 @rc_context(style.STYLE)
 def loss_curves(study: Study) -> Plot:
     """Validation loss against training tokens: one line a model (mean over seeds, range shaded)."""
-    runs, notes = best_variants(study.runs)
+    runs, notes = best_variants(study.trained)
     loss, unit = loss_of(runs)
     curves = study.curves[study.curves["run"].isin(runs["run"])]
     curves = curves[curves[loss].notna() & (curves["tokens"] > 0)]
     if curves.empty:
         raise NothingToShowError(f"no metrics.csv has {loss}")
-    title = f"{_names(runs)}: validation loss during training"
+    title = f"{family_names(runs)}: validation loss during training"
     about = ["mean over seeds, range shaded"] if runs["seed"].nunique() > 1 else []
     figure, (axes,) = style.new_figure(title, _subtitle(runs, *about))
     lines = curves.groupby(["family", "model", "parameters/total", "tokens"], sort=False)[loss]
     means = lines.agg(["mean", "min", "max"]).reset_index()
     for (family, model, total), line in groups(means, "family", "model", "parameters/total"):
         line = line.sort_values("tokens")
-        tokens, color = line["tokens"], _shade(runs, family, model)
+        tokens, color = line["tokens"], model_shade(runs, family, model)
         label = f"{fmt.family_name(family)} {fmt.short(total)}"
         dashes = "-" if family != "gpt" else (0, (5, 1.5))
         point = style.marker(family) if len(line) == 1 else ""
@@ -70,9 +66,9 @@ def loss_curves(study: Study) -> Plot:
 @rc_context(style.STYLE)
 def scaling(study: Study) -> Plot:
     """Final validation loss against parameters and training FLOPs, a power law per family."""
-    runs, notes = best_variants(study.runs)
+    runs, notes = best_variants(study.trained)
     loss, unit = loss_of(runs)
-    title = f"{_names(runs)}: validation loss against parameters and training compute"
+    title = f"{family_names(runs)}: validation loss against parameters and training compute"
     banded = runs.groupby("family")["parameters/total"].nunique().max() >= MIN_SIZES_BAND
     more = ["shaded: 95 % prediction band"] if banded else []
     figure, panels = style.new_figure(title, _subtitle(runs, *more), columns=2, height=4.9)
@@ -110,57 +106,12 @@ def scaling(study: Study) -> Plot:
 
 
 @rc_context(style.STYLE)
-def benchmark_scores(study: Study) -> Plot:
-    """The headline metric of every task against parameters, with standard errors and chance."""
-    if study.scores.empty:
-        raise NothingToShowError("no run has eval/*.json; run experiments.evaluate first")
-    runs, notes = best_variants(study.runs)
-    scores = mean_scores(
-        study.scores[study.scores["headline"] & study.scores["run"].isin(runs["run"])]
-    )
-    tasks = list(groups(scores, "task"))
-    columns = min(len(tasks), 4 if len(tasks) > 4 else 3)
-    rows = -(-len(tasks) // columns)
-    title = f"{_names(runs)}: zero-shot benchmarks"
-    about = "mean over seeds; bars: one standard error over documents; dashed: chance"
-    figure, panels = style.new_figure(
-        title, about, rows, columns, width=max(6.4, 3.4 * columns), height=0.9 + 3.1 * rows
-    )
-    for axes, (task, group) in zip(panels, tasks, strict=False):
-        for family, line in groups(group, "family"):
-            line = line.sort_values("parameters/total")
-            axes.errorbar(
-                line["parameters/total"],
-                line["score"],
-                line["stderr"].fillna(0),
-                color=fmt.family_color(family),
-                marker=style.marker(family),
-                mec="white",
-                capsize=2.5,
-                elinewidth=1.2,
-                label=fmt.family_name(family),
-            )
-        chance = group["chance"].iloc[0]
-        if np.isfinite(chance):
-            axes.axhline(chance, color=style.MUTED, ls="--", lw=1.2)
-        sizes = style.margins(runs["parameters/total"], 0.08)
-        style.log_axis(axes, "x", *sizes, fmt.short)
-        axes.set_title(task, size=10.5, loc="left", color=style.INK)
-        axes.set_ylabel(group["metric"].iloc[0].removesuffix(",none").replace("_", " "))
-        axes.set_xlabel("parameters (total)")
-    for axes in panels[len(tasks) :]:
-        axes.set_axis_off()
-    panels[0].legend(loc="best")
-    return Plot(title, figure, notes)
-
-
-@rc_context(style.STYLE)
 def training_throughput(study: Study) -> Plot:
     """Training tokens per second against parameters, the median over runs with their range."""
-    runs = study.runs[study.runs["perf/tokens_per_s"] > 0]
+    runs = study.trained[study.trained["perf/tokens_per_s"] > 0]
     if runs.empty:
         raise NothingToShowError("no run recorded perf/tokens_per_s")
-    title = f"{_names(runs)}: training throughput"
+    title = f"{family_names(runs)}: training throughput"
     machine = runs.reindex(columns=["device/name", "device/n_threads", "precision"])
     # a speed is of one way of training alone
     way = ["{}, {} threads, {}".format(*map(fmt.text, row)) for row in machine.to_numpy()]
@@ -190,38 +141,8 @@ def training_throughput(study: Study) -> Plot:
     return Plot(title, figure)
 
 
-@rc_context(style.STYLE)
-def generation_cost(study: Study) -> Plot:
-    """Cumulative seconds, and bytes of state or cache, against tokens generated."""
-    costs = mean_generation(study)
-    costs = costs[costs["n_tokens"] > 0]
-    title = f"{_names(study.runs)}: cost of generating text"
-    about = f"{generation_protocol(study)}; median over repeats and runs"
-    figure, panels = style.new_figure(title, about, columns=2)
-    of_panel = (
-        ("seconds", "cumulative time", fmt.seconds),
-        ("state_bytes", "recurrent state or KV cache", fmt.size_bytes),
-    )
-    for axes, (key, name, write) in zip(panels, of_panel, strict=True):
-        shown = costs[costs[key] > 0]
-        for (family, model, total), line in groups(shown, "family", "model", "parameters/total"):
-            axes.plot(
-                line["n_tokens"],
-                line[key],
-                color=_shade(study.runs, family, model),
-                marker=style.marker(family),
-                ms=4,
-                label=f"{fmt.family_name(family)} {fmt.short(total)}",
-            )
-        style.log_axis(axes, "x", *style.margins(shown["n_tokens"], 0.04), fmt.short)
-        style.log_axis(axes, "y", *style.margins(shown[key]), write, binary=key == "state_bytes")
-        axes.set_xlabel("tokens generated")
-        axes.set_ylabel(name)
-    panels[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return Plot(title, figure, [CACHE_COPY])
-
-
-def _names(runs: pd.DataFrame) -> str:
+def family_names(runs: pd.DataFrame) -> str:
+    """The families of some runs, as a title says them."""
     names = [fmt.family_name(family) for family in runs["family"].unique()]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
@@ -247,7 +168,8 @@ def _span(low: str, high: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _shade(runs: pd.DataFrame, family: str, model: str) -> tuple[float, float, float]:
+def model_shade(runs: pd.DataFrame, family: str, model: str) -> tuple[float, float, float]:
+    """A model's colour: its family's, lighter the smaller it is among the family's models."""
     mine = runs[runs["family"] == family].drop_duplicates("model").sort_values("parameters/total")
     models = list(mine["model"])
     return style.shade(family, models.index(model), len(models))

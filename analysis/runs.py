@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import formats as fmt
-
 REFERENCE = "gpt"  # the family that the others are compared with, and come before
 MARKS = ("config.yaml", "manifest.json", "metrics.csv", "result.json", "error.txt")
 NOT_RUNS = {"report", "checkpoints", "eval", "bench"}
@@ -24,17 +22,13 @@ METRICS = ["step", "tokens", "time_s", "lr", "train/loss", "train/grad_norm"]
 METRICS += ["val/loss", "val/bpb", *SPEED]
 SIZES = ["parameters/total", "parameters/non_embedding", "flops_per_token"]
 # what a finished run must have, and may not leave empty, for any table to be right
-TEXTS = ("suite", "model", "family", "name", "data/fingerprint", "data/tokenizer_hash")
-NUMBERS = ["seed", *SIZES, "budget_tokens", "step", "tokens", "flops", "time_s", "val/loss"]
+TEXTS = ("suite", "model", "family", "name")
+TRAINED_TEXTS = ("data/fingerprint", "data/tokenizer_hash")
+TRAINED = ["seed", "budget_tokens", "step", "tokens", "flops", "time_s", "val/loss"]
 OPTIONAL = ["val/bpb", "train/loss", "data/xz_bpb", "ctx_len", "batch_size", "data/seed", *SPEED]
 # how a run was trained; runs that differ here are no repeats of each other
 CONDITIONS = ["recipe/optim", "recipe/schedule", "precision"]
 ABOUT = ["run", "model", "family", "parameters/total"]
-COSTS = ("n_tokens", "seconds", "state_bytes")
-GENERATION_PROTOCOL = ["batch_size", "n_threads", "device", "dtype", "prompt_tokens"]
-# of a score's protocol, what may differ between scores in one table: the weights and the longest
-# context are the model's own, the device only rounds, the rest is counted or timed
-NOT_COMPARED = {"weights", "max_ctx", "device", "n_truncated", "time_s"}
 
 # what reading a damaged or foreign file can raise
 BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError)
@@ -42,8 +36,9 @@ BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
 def load_runs(path_or_glob: str | Path) -> pd.DataFrame:
     """One row a run: manifest and result flattened with "/" (`parameters/total`, `val/bpb`), and
-    `path`, `run`, `variant` (the overrides without the seed), `status` (finished,
-    running-or-interrupted, failed, unreadable) and `reason`.
+    `path`, `run`, `variant` (the overrides without the seed), `status` (finished, converted,
+    running-or-interrupted, failed, unreadable) and `reason`. A converted run has no losses; its
+    `model` has the last part of its path too, for each is a model of its own.
 
     FileNotFoundError when there is no run at all."""
     text = str(path_or_glob)
@@ -54,11 +49,11 @@ def load_runs(path_or_glob: str | Path) -> pd.DataFrame:
             f"no runs in {text}: give a folder (or glob) that holds run directories"
         )
     runs = pd.DataFrame([_read_run(path) for path in found])
-    for column in (*NUMBERS, *OPTIONAL):
+    for column in (*SIZES, *TRAINED, *OPTIONAL):
         if column not in runs:
             runs[column] = np.nan
         runs[column] = pd.to_numeric(runs[column], errors="coerce")
-    for column in (*TEXTS, *CONDITIONS):
+    for column in (*TEXTS, *TRAINED_TEXTS, *CONDITIONS):
         if column not in runs:
             runs[column] = None
     runs["is_reference"] = runs["family"] == REFERENCE
@@ -71,12 +66,12 @@ def load_curves(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]
     two rows of one step and kind (train or val) the later counts. Also (run, reason) for what
     could not be read."""
     frames, problems = {}, []
-    abouts = list(_each(runs))
+    abouts = list(each_run(runs))
     for i, (path, about) in enumerate(abouts):
         try:
             frames[i], dropped = _read_metrics(path / "metrics.csv")
         except BROKEN as error:
-            problems.append((about["run"], f"metrics.csv: {_one_line(error)}"))
+            problems.append((about["run"], f"metrics.csv: {one_line(error)}"))
             continue
         if dropped:
             problems.append((about["run"], f"metrics.csv: {dropped} damaged rows skipped"))
@@ -87,44 +82,8 @@ def load_curves(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]
     return pd.concat([curves.reset_index(drop=True), owners], axis=1), problems
 
 
-def load_scores(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
-    """One row per run, task and metric of eval/*.json: `score`, `stderr` and `chance` (NaN when
-    unknown), `headline`, `weights`, and a column `protocol/...` for each thing that must be equal
-    in one table, as text (a dash for none). Also (run, reason) for what could not be read."""
-    rows: list[dict[str, Any]] = []
-    problems = []
-    for path, about in _each(runs):
-        for file in sorted(path.glob("eval/*.json")):
-            try:
-                rows += [about | score for score in _task_scores(_read_json(file), file.stem)]
-            except BROKEN as error:
-                problems.append((about["run"], f"eval/{file.name}: {_one_line(error)}"))
-    columns = [*ABOUT, "task", "metric", "score", "stderr", "headline", "chance", "n_documents"]
-    protocol = sorted({key for row in rows for key in row if key.startswith("protocol/")})
-    scores = pd.DataFrame(rows, columns=[*columns, "weights", *protocol])
-    return scores.fillna(dict.fromkeys(protocol, fmt.MISSING)), problems
-
-
-def load_generation(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
-    """The rows of every bench/generate.json: `n_tokens`, cumulative `seconds`, `state_bytes`, the
-    protocol and the run. Also (run, reason) for what could not be read."""
-    rows: list[dict[str, Any]] = []
-    problems = []
-    for path, about in _each(runs):
-        file = path / "bench" / "generate.json"
-        if not file.exists():
-            continue
-        try:
-            content = _read_json(file)
-            about |= {key: content["protocol"].get(key) for key in GENERATION_PROTOCOL}
-            rows += [about | {key: float(row[key]) for key in COSTS} for row in content["rows"]]
-        except BROKEN as error:
-            problems.append((about["run"], f"bench/generate.json: {_one_line(error)}"))
-    generation = pd.DataFrame(rows, columns=[*ABOUT, *COSTS, *GENERATION_PROTOCOL])
-    return generation.astype({"n_tokens": "int64"}), problems
-
-
-def _each(runs: pd.DataFrame) -> Iterator[tuple[Path, dict[str, Any]]]:
+def each_run(runs: pd.DataFrame) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(folder, what it is of) for each row."""
     for path, *about in runs[["path", *ABOUT]].itertuples(index=False):
         yield Path(path), dict(zip(ABOUT, about, strict=True))
 
@@ -148,16 +107,19 @@ def _read_run(path: str) -> dict[str, Any]:
     manifest, result = folder / "manifest.json", folder / "result.json"
     try:
         if manifest.exists():
-            row |= _flat(_read_json(manifest))
+            row |= _flat(read_json(manifest))
         if result.exists():
-            row |= _flat(_read_json(result))
-            _check_finished(row)
+            row |= _flat(read_json(result))
+            converted = row.get("converted") is True
+            _check_finished(row, converted)
             row["run"] = row["name"]
-            overrides = row["name"].rsplit("/", 1)[-1].split(",")
-            row["variant"] = ",".join(o for o in overrides if not o.startswith("seed="))
+            last = row["name"].rsplit("/", 1)[-1]
+            if converted:
+                return row | _converted(row, last)
+            row["variant"] = ",".join(o for o in last.split(",") if not o.startswith("seed="))
             return row | {"status": "finished"}
     except (OSError, ValueError) as error:
-        return row | {"status": "unreadable", "reason": _one_line(error)}
+        return row | {"status": "unreadable", "reason": one_line(error)}
     if (folder / "error.txt").exists():
         lines = (folder / "error.txt").read_text(errors="replace").strip().splitlines()
         return row | {
@@ -167,14 +129,21 @@ def _read_run(path: str) -> dict[str, Any]:
     return row | {"status": "running-or-interrupted", "reason": _progress(folder / "metrics.csv")}
 
 
-def _check_finished(row: dict[str, Any]) -> None:
-    for key in TEXTS:
+def _check_finished(row: dict[str, Any], converted: bool) -> None:
+    for key in TEXTS if converted else (*TEXTS, *TRAINED_TEXTS):
         if not isinstance(row.get(key), str):
             raise ValueError(f"manifest.json lacks {key}")
-    for key in NUMBERS:
+    for key in SIZES if converted else [*SIZES, *TRAINED]:
         value = row.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
             raise ValueError(f"manifest.json and result.json have {key}={value!r}, not a number")
+
+
+def _converted(row: dict[str, Any], last: str) -> dict[str, Any]:
+    tokens = row.get("converted/training_tokens")
+    tokens = tokens if isinstance(tokens, int | float) else np.nan
+    about = {"status": "converted", "model": f"{row['model']}/{last}", "tokens": tokens}
+    return about | {"flops": tokens * row["flops_per_token"]}
 
 
 def _progress(metrics: Path) -> str:
@@ -207,52 +176,12 @@ def _read_metrics(path: Path) -> tuple[pd.DataFrame, int]:
     return frame[~kinds.duplicated(keep="last")], dropped
 
 
-def _task_scores(content: dict[str, Any], task: str) -> list[dict[str, Any]]:
-    results = content.get("results", {}).get(task)
-    if not isinstance(results, dict):
-        raise ValueError(f"no results for {task}")
-    metrics = [
-        key
-        for key, value in results.items()
-        if "," in key and "_stderr," not in key and isinstance(value, int | float)
-    ]
-    if not metrics:
-        raise ValueError(f"no numeric metric for {task}")
-    first = next(
-        (m for m in ("acc,none", "bits_per_byte,none", "perplexity,none") if m in metrics),
-        metrics[0],
-    )
-    config = content.get("config", {}).get(task, {})
-    protocol = content.get("protocol", {})
-    n_documents = content.get("n-samples", {}).get(task, {}).get("effective", np.nan)
-    compared = {key: value for key, value in protocol.items() if key not in NOT_COMPARED}
-    compared |= {
-        "version": content.get("versions", {}).get(task),
-        "n_shot": content.get("n-shot", {}).get(task),
-        "n_documents": n_documents,
-    }
-    about = {
-        "task": task,
-        "chance": (config.get("metadata") or {}).get("chance", np.nan),
-        "n_documents": n_documents,
-        "weights": fmt.text(protocol.get("weights"))[:8],
-        **{f"protocol/{key}": fmt.text(value) for key, value in compared.items()},
-    }
-    scores = []
-    for metric in sorted(metrics, key=lambda m: m != first):
-        name, _, tail = metric.partition(",")
-        stderr = results.get(f"{name}_stderr,{tail}")
-        stderr = stderr if isinstance(stderr, int | float) else np.nan  # lm-eval writes "N/A"
-        about_metric = {"metric": metric, "score": results[metric], "stderr": stderr}
-        scores.append(about | about_metric | {"headline": metric == first})
-    return scores
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError in one line when it holds none."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:  # also a UnicodeDecodeError
-        raise ValueError(f"{path.name} is not JSON: {_one_line(error)}") from None
+        raise ValueError(f"{path.name} is not JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} is not a JSON object")
     return content
@@ -268,6 +197,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An error as one line of at most 200 characters."""
     text = f"no {error}" if isinstance(error, KeyError) else str(error)
     return " ".join(text.split())[:200] or type(error).__name__

@@ -130,27 +130,30 @@ def _solve_irreducible(u: Array, log_y: Array) -> Array:
     return optimize.least_squares(residuals, start, bounds=bounds, x_scale="jac").x
 
 
+def partners(runs: pd.DataFrame) -> dict[str, str]:
+    """Each model's partner: of the reference family's (GPT's) models, trained here or converted
+    like itself, the nearest in total parameters, if it differs by 10 % at most."""
+    found = {}
+    for _, alike in runs.groupby(runs["status"] == "converted"):
+        models = alike.drop_duplicates(["family", "model"]).set_index("model")
+        is_reference = models["family"] == REFERENCE
+        reference = models.loc[is_reference, "parameters/total"]
+        for model, size in models.loc[~is_reference, "parameters/total"].items():
+            mismatch = (reference / size - 1).abs()
+            if len(reference) and mismatch.min() <= MATCH_TOLERANCE:
+                found[str(model)] = str(mismatch.idxmin())
+    return found
+
+
 def matched_pairs(runs: pd.DataFrame, loss: str) -> pd.DataFrame:
-    """One row a pair of a model and the reference family's (GPT's) nearest in total parameters, if
-    one differs by 10 % at most: both sides' sizes and mean `loss`, and the gap, model minus
+    """One row a pair of `partners`: both sides' sizes and mean `loss`, and the gap, model minus
     reference, with a 95 % t interval over the seeds they share. The interval is NaN for one seed,
     and where the two were trained differently (`note` says how): nothing but the model may differ
     in a pair of runs."""
-    families = [f for f in runs["family"].unique() if f != REFERENCE]
-    other = runs[runs["family"] == REFERENCE]
-    if other.empty or not families:
-        return pd.DataFrame()
-    other_sizes = other.groupby("model")["parameters/total"].first()
     rows = []
-    for (family, model), mine in runs[runs["family"].isin(families)].groupby(
-        ["family", "model"], sort=False
-    ):
-        mismatch = (other_sizes / mine["parameters/total"].iloc[0] - 1).abs()
-        if mismatch.min() > MATCH_TOLERANCE:
-            continue
-        partner = mismatch.idxmin()
-        theirs = other[other["model"] == partner]
-        row = {"family": family, "model": model, "reference": partner}
+    for model, partner in partners(runs).items():
+        mine, theirs = runs[runs["model"] == model], runs[runs["model"] == partner]
+        row = {"family": mine["family"].iloc[0], "model": model, "reference": partner}
         for measure in SIZES:
             row[measure] = mine[measure].iloc[0]
             row[f"reference/{measure}"] = theirs[measure].iloc[0]

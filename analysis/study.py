@@ -9,14 +9,8 @@ import numpy as np
 import pandas as pd
 
 from analysis import formats as fmt
-from analysis.runs import (
-    CONDITIONS,
-    GENERATION_PROTOCOL,
-    load_curves,
-    load_generation,
-    load_runs,
-    load_scores,
-)
+from analysis.evaluations import GENERATION_PROTOCOL, load_generation, load_scores
+from analysis.runs import CONDITIONS, load_curves, load_runs
 
 SAME = {
     "data/fingerprint": "data fingerprint",
@@ -26,10 +20,6 @@ SAME = {
     "batch_size": "batch size",
     "data/seed": "data seed",
 }
-CACHE_COPY = (
-    "A step of the GPT measured here copies its KV cache once (torch.cat), on top of reading it: "
-    "a cache allocated ahead would save that copy, not the reading, which also grows."
-)
 
 
 class NothingToShowError(Exception):
@@ -38,7 +28,7 @@ class NothingToShowError(Exception):
 
 @dataclass(frozen=True)
 class Study:
-    """What a report is made of: `runs` has finished runs only, one a row."""
+    """What a report is made of: `runs` has finished and converted runs only, one a row."""
 
     suite: str
     runs: pd.DataFrame
@@ -47,31 +37,45 @@ class Study:
     generation: pd.DataFrame
     left_out: pd.DataFrame  # columns run, status, reason
 
+    @property
+    def trained(self) -> pd.DataFrame:
+        """The runs that have losses; raises NothingToShowError if all were converted."""
+        trained = self.runs[self.runs["status"] == "finished"].reset_index(drop=True)
+        if trained.empty:
+            raise NothingToShowError("no run of this suite was trained here, all are converted")
+        return trained
+
 
 def load_study(path: str | Path, allow_mixed: bool = False) -> Study:
     """Everything under `path` (a suite's folder or a glob).
 
-    ValueError when no run has finished or, unless `allow_mixed`, when finished runs differ in data
-    and the order of it, tokenizer, token budget, batch, or how they were scored or timed."""
+    ValueError when no run has finished or, unless `allow_mixed`, when trained runs differ in data
+    and the order of it, tokenizer, token budget or batch, or any runs in how they were scored or
+    timed."""
     runs = load_runs(path)
-    done = runs[runs["status"] == "finished"].reset_index(drop=True)
+    is_done = runs["status"].isin(["finished", "converted"])
+    done = runs[is_done].reset_index(drop=True)
     if done.empty:
         states = ", ".join(f"{n} {state}" for state, n in runs["status"].value_counts().items())
         raise ValueError(f"no finished run in {path} ({states}); train first, or wait")
-    curves, bad_curves = load_curves(done)
+    trained = done[done["status"] == "finished"].reset_index(drop=True)
+    curves, bad_curves = load_curves(trained)
     scores, bad_scores = load_scores(done)
     generation, bad_generation = load_generation(done)
     if not allow_mixed:
-        _refuse_mixed(done, scores, generation)
-    rest = runs.loc[runs["status"] != "finished", ["run", "status", "reason"]]
-    partly = [(run, "finished", why) for run, why in bad_curves + bad_scores + bad_generation]
+        _refuse_mixed(trained, scores, generation)
+    rest = runs.loc[~is_done, ["run", "status", "reason"]]
+    status = dict(zip(done["run"], done["status"], strict=True))
+    bad = bad_curves + bad_scores + bad_generation
+    partly = [(run, status[run], why) for run, why in bad]
     left_out = pd.concat([rest, pd.DataFrame(partly, columns=rest.columns)], ignore_index=True)
     return Study(str(done["suite"].iloc[0]), done, curves, scores, generation, left_out)
 
 
 def loss_of(runs: pd.DataFrame) -> tuple[str, str]:
-    """The column to compare and its unit: bits/byte where all runs have it, else nats/token."""
-    if runs["val/bpb"].notna().all():
+    """The column to compare and its unit: bits/byte where all trained runs have it, else
+    nats/token."""
+    if runs.loc[runs["status"] == "finished", "val/bpb"].notna().all():
         return "val/bpb", "bits/byte"
     return "val/loss", "nats/token"
 
@@ -85,7 +89,8 @@ def best_variants(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     for model, group in runs.groupby("model", sort=False):
         variant = group[["variant", *CONDITIONS]].fillna("").agg(tuple, axis=1)
         means = group.groupby(variant)[loss].mean()
-        best = variant.iloc[int(variant.map(means).argmin())]
+        of_loss = variant.map(means)  # converted: no loss, and no second variant
+        best = variant.iloc[int(of_loss.argmin()) if of_loss.notna().any() else 0]
         if len(means) > 1:
             told = [at for at, c in enumerate(CONDITIONS, 1) if group[c].nunique(dropna=False) > 1]
             name = ", ".join([best[0] or "no overrides", *(best[at] for at in told)])
@@ -119,55 +124,11 @@ def mean_scores(scores: pd.DataFrame) -> pd.DataFrame:
             n_runs=("score", "size"),
             chance=("chance", "first"),
             n_documents=("n_documents", "first"),
+            subset=("subset", "first"),
             weights=("weights", " ".join),
         )
         .reset_index()
     )
-
-
-def mean_generation(study: Study) -> pd.DataFrame:
-    """Generation cost per model and length, the median over runs; raises when none was measured, or
-    not all in the same way."""
-    if study.generation.empty:
-        raise NothingToShowError("no run has bench/generate.json; run experiments.benchmark first")
-    if len(study.generation[GENERATION_PROTOCOL].drop_duplicates()) > 1:
-        raise NothingToShowError(
-            f"measured in different ways ({generation_protocol(study)}); "
-            "measure all with one experiments.benchmark bench=generate"
-        )
-    keys = ["family", "model", "parameters/total", "n_tokens"]
-    return (
-        study.generation.groupby(keys, sort=False)[["seconds", "state_bytes"]]
-        .median()
-        .reset_index()
-    )
-
-
-def generation_protocol(study: Study) -> str:
-    """Batch, prompt, device and dtype of the measured generation, in words."""
-    seen = study.generation[GENERATION_PROTOCOL].drop_duplicates()
-    return "; ".join(
-        f"batch {fmt.text(n)}, prompt {fmt.text(prompt)}, {fmt.text(device)}, "
-        f"{fmt.text(threads)} thread{'' if threads == 1 else 's'}, {fmt.text(dtype)}"
-        for n, threads, device, dtype, prompt in seen.to_numpy()
-    )
-
-
-def crossing(mine: pd.Series, theirs: pd.Series) -> str:
-    """From which length (the index) `mine` stays below `theirs`, in words, interpolated between the
-    lengths measured."""
-    shared = mine.index.intersection(theirs.index).sort_values()
-    if shared.empty:
-        return fmt.MISSING
-    difference = (mine[shared] - theirs[shared]).to_numpy(float)
-    above = np.flatnonzero(difference >= 0)
-    if not len(above):
-        return f"from the first length ({shared[0]})"
-    last = int(above[-1])
-    if last == len(shared) - 1:
-        return f"not within {shared[-1]}"
-    share = difference[last] / (difference[last] - difference[last + 1])
-    return f"from about {shared[last] + share * (shared[last + 1] - shared[last]):.0f}"
 
 
 def _refuse_mixed(runs: pd.DataFrame, scores: pd.DataFrame, generation: pd.DataFrame) -> None:
@@ -181,7 +142,8 @@ def _refuse_mixed(runs: pd.DataFrame, scores: pd.DataFrame, generation: pd.DataF
 
 
 def _refuse(frame: pd.DataFrame, column: str, name: str) -> None:
-    runs_of = frame.groupby(frame[column].astype(str))["run"].unique()
+    values = frame[column].astype(str).replace(fmt.MISSING, "none")
+    runs_of = frame.groupby(values)["run"].unique()
     if len(runs_of) < 2:
         return
     common = runs_of.map(len).idxmax()

@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 from analysis import formats as fmt
 
 DPI = 150
-INK, MUTED, GRID = "#222222", "#666666", "#e4e4e4"
+INK, MUTED, FAINT, GRID = "#222222", "#666666", "#9a9a9a", "#e4e4e4"
 MARKERS = {"rwkv4": "o", "gpt": "s"}
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -74,19 +74,20 @@ def log_axis(
     high: float,
     write: Callable[[float], str],
     binary: bool = False,
+    fewest: int = 4,
 ) -> None:
     """Make the "x" or "y" axis logarithmic from `low` to `high` with few, round ticks (powers
-    of two if `binary`)."""
+    of two if `binary`), `fewest` where the range allows."""
     getattr(axes, f"set_{which}scale")("log")
     getattr(axes, f"set_{which}lim")(low, high)
     axis = getattr(axes, f"{which}axis")
-    ticks = binary_ticks(low, high) if binary else log_ticks(low, high)
+    ticks = binary_ticks(low, high) if binary else log_ticks(low, high, fewest)
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter(FixedFormatter([write(tick) for tick in ticks]))
     axis.set_minor_locator(NullLocator())
 
 
-def log_ticks(low: float, high: float) -> list[float]:
+def log_ticks(low: float, high: float, fewest: int = 4) -> list[float]:
     """Round values between low and high, 3 to 8 of them where the range allows."""
     if high / low < 4:
         values: Iterable[float] = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
@@ -94,7 +95,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7)):
         ticks = [m * 10.0**d for d in decades for m in mantissas if low <= m * 10.0**d <= high]
-        if len(ticks) >= 4:
+        if len(ticks) >= fewest:
             break
     return ticks[:: -(-len(ticks) // 8)]
 
@@ -103,6 +104,25 @@ def binary_ticks(low: float, high: float) -> list[float]:
     """Powers of two between low and high, at most 8."""
     exponents = range(int(np.ceil(np.log2(low))), int(np.floor(np.log2(high))) + 1)
     return [2.0**e for e in exponents if e % -(-len(exponents) // 8) == 0]
+
+
+def labels_at_ends(axes: Axes, ends: list[tuple[float, float, str]], gap: float = 0.06) -> None:
+    """Name lines by small labels in a column right of their ends, (y, x, text) each, at least `gap`
+    of the axis' height apart and within the axis, a hair from each to the end it names."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    ends = sorted(ends)
+    wanted = np.array([(y - low) / (high - low) for y, _, _ in ends])
+    steps = gap * np.arange(len(ends))
+    heights = np.maximum.accumulate(wanted - steps) + steps  # up, until none is too close
+    heights -= np.mean(heights - wanted) if ends else 0.0
+    heights = np.minimum(np.maximum(heights, steps), 1 - steps[::-1])
+    for height, (y, x, text) in zip(heights, ends, strict=True):
+        column = max(x for _, x, _ in ends) * (axes.get_xlim()[1] / axes.get_xlim()[0]) ** 0.04
+        axes.annotate(
+            text, (x, y), (column, low + height * (high - low)), va="center", size=7,
+            color=MUTED, arrowprops={"arrowstyle": "-", "lw": 0.5, "color": FAINT, "shrinkA": 0},
+        )  # fmt: skip
 
 
 def margins(values: Iterable[float], share: float = 0.06) -> tuple[float, float]:

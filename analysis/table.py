@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 
@@ -48,3 +49,8 @@ class Table:
         begin = rf"\begin{{tabular}}{{{'l' * len(heads)}}}"
         lines = [*notes, begin, r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule"]
         return "\n".join([*lines, r"\end{tabular}"]) + "\n"
+
+
+def cell(key: str, write: Callable[[Any], str] = str) -> Callable[[pd.Series], str]:
+    """A column's cells: one value of the row, written."""
+    return lambda row: write(row[key])

@@ -28,6 +28,26 @@ MODELS: dict[str, tuple[str, int, int, int, int, float]] = {
     "gpt_tiny": ("gpt", 6, 256, 5_310_000, 5_160_000, 2.15),
 }
 TOKENS = 1_000_000
+PROTOCOL_HASH = "c0ffee"
+# the paper's tasks: headline metric, official number of documents, chance (0 where unknown)
+PAPER = {
+    "arc_challenge": ("acc_norm", 1172, 0.25), "arc_easy": ("acc", 2376, 0.25),
+    "boolq": ("acc", 3270, 0.5), "copa": ("acc", 100, 0.5), "headqa_en": ("acc_norm", 2742, 0.25),
+    "hellaswag": ("acc_norm", 10042, 0.25), "lambada_openai": ("acc", 5153, 0.0),
+    "openbookqa": ("acc_norm", 500, 0.25), "piqa": ("acc", 1838, 0.5),
+    "record": ("em", 10000, 0.0), "sciq": ("acc", 1000, 0.25), "winogrande": ("acc", 1267, 0.5),
+}  # fmt: skip
+# model: family, parameters, training FLOPs a token
+OUTSIDE: dict[str, tuple[str, int, int]] = {
+    "rwkv4_169m": ("rwkv4", 169_342_464, 784_802_304),
+    "rwkv4_430m": ("rwkv4", 430_397_440, 2_274_637_824),
+    "rwkv4_1b5": ("rwkv4", 1_515_106_304, 8_475_144_192),
+    "pythia_160m": ("gpt", 162_322_944, 856_964_664),
+    "pythia_410m": ("gpt", 405_334_016, 2_429_156_160),
+    "pythia_1b4": ("gpt", 1_414_647_808, 8_476_289_856),
+    "mamba_370m": ("mamba", 371_516_416, 2_000_000_000),
+    "mamba_1b4": ("mamba", 1_372_178_432, 7_500_000_000),
+}
 
 
 def write_run(
@@ -122,17 +142,73 @@ def write_eval(
     write_json(run / "eval" / f"{task}.json", content)
 
 
+def write_documents(run: Path, task: str, metric: str, values: list[Any], **head: Any) -> None:
+    """eval/<task>.documents.jsonl: one metric of documents d0, d1, ..., in order."""
+    lines = [{"task": task, "protocol_hash": PROTOCOL_HASH} | head]
+    lines += [{"doc": f"d{i}", metric: value} for i, value in enumerate(values)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run / "eval" / f"{task}.documents.jsonl").write_text(text)
+
+
+def write_scored_documents(
+    run: Path, task: str, metric: str, right: list[Any], **protocol: Any
+) -> None:
+    """A score of 0/1 documents, and the documents; `protocol` as in `write_eval`."""
+    score, n = float(np.mean(right)), len(right)
+    metrics = {f"{metric},none": score}
+    metrics |= {f"{metric}_stderr,none": math.sqrt(score * (1 - score) / n)}
+    about = {"protocol_hash": PROTOCOL_HASH, "n_documents": n, "subset": False, "pack": None}
+    write_eval(run, task, metrics, None, **(about | protocol))
+    write_documents(run, task, metric, right)
+
+
+def write_converted(
+    root: Path, suite: str, model: str, last: str = "official", tokens: int | None = 300_000_000_000
+) -> Path:
+    """A run made from an outside checkpoint: no losses, no data."""
+    family, total, flops = OUTSIDE[model]
+    run = root / suite / model / last
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("seed: 0\n")
+    manifest = {
+        "suite": suite, "model": model, "family": family, "name": f"{suite}/{model}/{last}",
+        "seed": None, "created": "2026-01-01T00:00:00",
+        "parameters": {"total": total, "non_embedding": total // 2}, "n_layer": 12, "n_embd": 768,
+        "ctx_len": 1024 if family == "rwkv4" else 2048, "flops_per_token": flops,
+        "converted": {"format": "rwkv_pth", "file": f"{model}.pth", "sha256": "ab" * 32,
+                      "training_tokens": tokens},
+        "versions": {"python": "3.11", "torch": "2.13"},
+    }  # fmt: skip
+    write_json(run / "manifest.json", manifest)
+    write_json(run / "result.json", {"converted": True})
+    return run
+
+
+def write_paper_suite(root: Path, suite: str = "official", share: float = 1.0) -> None:
+    """Converted runs scored on the twelve tasks (of `share` of the documents), three families."""
+    rng = np.random.default_rng(0)
+    hard = {task: rng.random(int(n * share)) for task, (_, n, _) in PAPER.items()}
+    for model, (family, total, _) in OUTSIDE.items():
+        run = write_converted(root, suite, model)
+        write_generation(run, family, 12 * 768, total)
+        for task, (metric, _, chance) in PAPER.items():
+            skill = chance + (0.85 - chance) * (0.1 + 0.25 * math.log10(total / 5e7))
+            noise = 0.1 * rng.standard_normal(len(hard[task]))
+            right = (hard[task] + noise < skill + 0.02 * (family == "rwkv4")).astype(int)
+            write_scored_documents(run, task, metric, right.tolist(), subset=share < 1)
+
+
 def write_generation(run: Path, family: str, width: int, total: int) -> None:
-    """bench/generate.json: linear time for RWKV, a growing cache for a GPT."""
+    """bench/generate.json: flat decoding for RWKV, a growing cache for a GPT."""
     rows = []
-    for n in (64, 128, 256, 512, 1024, 2048):
-        per_token = 2e-4 + total * 2e-10
-        growth = 0 if family == "rwkv4" else 1.5e-7 * n
-        state = 5 * width * 4 if family == "rwkv4" else 2 * width * 4 * n
-        seconds = n * (per_token * (1.1 if family == "rwkv4" else 1) + growth)
-        rows.append({"n_tokens": n, "seconds": seconds, "state_bytes": state, "peak_mem_bytes": 1})
+    for n in (64, 256, 1024, 4096, 16384, 65536):
+        token = 2e-4 + total * 2e-10
+        decode = 1.1 * token if family != "gpt" else token * (1 + n / 4096)
+        state = 5 * width * 4 if family != "gpt" else 2 * width * 4 * n
+        rows.append({"n_tokens": n, "prefill_s": n * token / 8, "decode_s": decode,
+                     "state_bytes": state, "peak_mem_bytes": 2 * state + 4_000_000})  # fmt: skip
     protocol = {"batch_size": 1, "n_threads": 2, "dtype": "float32", "device": "cpu",
-                "prompt_tokens": 16, "repeats": 3, "checkpoint": "last"}  # fmt: skip
+                "chunk_len": 512, "repeats": 3, "checkpoint": "last"}  # fmt: skip
     write_json(run / "bench" / "generate.json", {"protocol": protocol, "rows": rows})
 
 

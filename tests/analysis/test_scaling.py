@@ -97,7 +97,7 @@ def runs_frame(*rows: tuple[str, str, float, int, float]) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=["family", "model", "parameters/total", "seed", "val/bpb"])
     frame["parameters/non_embedding"] = frame["parameters/total"] * 0.9
     frame["flops_per_token"] = frame["parameters/total"] * 6
-    frame["n_variants"] = 1
+    frame["n_variants"], frame["status"] = 1, "finished"
     frame[CONDITIONS] = ["shared", "shared", "32-true"]
     return frame
 
