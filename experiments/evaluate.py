@@ -1,12 +1,13 @@
 """Score finished runs zero-shot through lm-eval; one JSON file a run and task, `eval/<task>.json`.
 
     python -m experiments.evaluate suite=demo
-    python -m experiments.evaluate run='runs/demo/rwkv4_*/*' tasks=paper12
+    python -m experiments.evaluate run='runs/demo/rwkv4_*/*' tasks=paper12 pack=DIR
+    torchrun --nproc-per-node 2 -m experiments.evaluate suite=demo
 
-A task that is scored already, for the same weights and the same protocol, is not scored again.
+A task that is scored already, for the same weights and the same protocol, is not scored again; one
+that was interrupted goes on. Processes that torchrun starts share the work.
 """
 
-import json
 import logging
 import os
 import sys
@@ -15,25 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from experiments import ranks
 from experiments.config import plain
 from experiments.entry import RunFailed, entry, one_line
+from experiments.journal import Journal
 from experiments.lm_eval_tasks import Tasks
-from experiments.run_dir import RunDir, find_runs, load_model, write_json
-from experiments.scores import held_out, read_scored, result_file, weights_hash
+from experiments.run_dir import RunDir, find_runs, load_model
+from experiments.scores import (
+    held_out,
+    read_scored,
+    result_file,
+    split_by_task,
+    table,
+    weights_hash,
+    write_scored,
+)
 
 if TYPE_CHECKING:
     from experiments.data.token_data import TokenData
     from experiments.lm_eval_adapter import LanguageModelLM
-
-# What lm-eval reports for each task, and the name under which our files have it.
-PARTS = {
-    "results": "results",
-    "versions": "versions",
-    "n-shot": "n-shot",
-    "higher_is_better": "higher_is_better",
-    "configs": "config",
-    "n-samples": "n-samples",
-}
 
 
 class Evaluation:
@@ -53,7 +54,10 @@ class Evaluation:
         self.device = cfg.device
         if cfg.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.tasks = Tasks(wanted["tasks"], wanted["include_path"], cfg.seed)
+        self.device = ranks.local_device(self.device)
+        self.tasks = Tasks(
+            wanted["tasks"], wanted["include_path"], cfg.seed, cfg.pack, wanted.get("n_documents")
+        )
         self.failures: list[str] = []
 
     def score(self, run: RunDir) -> dict[str, dict[str, Any]]:
@@ -76,6 +80,8 @@ class Evaluation:
         return contents
 
     def _fail(self, what: str, error: Exception) -> None:
+        if ranks.size() > 1:
+            raise error  # the others would wait for this process's answers
         self.failures.append(what)
         print(f"error: {what}: {describe(error)}", file=sys.stderr, flush=True)
 
@@ -87,10 +93,9 @@ class Evaluation:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: text cannot be turned into tokens")
         return LanguageModelLM(
-            load_model(run, self.cfg.checkpoint, self.device),
+            load_model(run, self.cfg.checkpoint, self.device, self.cfg.dtype),
             Tokenizer.from_json(file.read_text(encoding="utf-8")),
             prefix=self.cfg.prefix,
-            dtype=self.cfg.dtype,
             rolling_ctx=self.cfg.rolling_ctx,
             batch_tokens=self.cfg.batch_tokens,
             seed=self.cfg.seed,
@@ -109,17 +114,27 @@ class Evaluation:
             members = [*loaded["tasks"], *averaged]
         old = {member: read_scored(result_file(run, member), protocol) for member in members}
         if not self.cfg.force and all(old.values()):
-            print(f"{run.path}: {name} is scored already", flush=True)
+            say(f"{run.path}: {name} is scored already")
             return {member: content for member, content in old.items() if content}
         loaded = loaded or self.tasks.load(name, data)
         start, n_truncated = time.perf_counter(), lm.n_truncated
-        results = self._run(lm, loaded)
+        answered_under = {**lm.protocol, "weights": weights, "seed": self.cfg.seed}
+        with Journal(run.path / "eval", name, answered_under, ranks.rank()) as lm.journal:
+            if self.cfg.force:
+                lm.journal.answers.clear()
+            for answers in ranks.gather(lm.journal.answers):  # before any of them writes more
+                lm.journal.answers |= answers
+            resumed = len(lm.journal.answers)
+            results = self._run(lm, loaded)
         seconds = time.perf_counter() - start
         extra = {"n_truncated": lm.n_truncated - n_truncated, "time_s": round(seconds, 3)}
-        contents = split_by_task(results, protocol | extra)
-        for task, content in contents.items():
-            write_json(result_file(run, task), content)
-        print(f"{run.path}: {name} scored in {seconds:.1f} s", flush=True)
+        contents = split_by_task(results, protocol, extra, self.tasks.documents)
+        if ranks.rank() == 0:
+            for task, content in contents.items():
+                write_scored(run, task, content, results["samples"].get(task))
+            lm.journal.discard()
+        again = f", {resumed} requests answered before" if resumed else ""
+        say(f"{run.path}: {name} scored in {seconds:.1f} s{again}")
         return contents
 
     def _run(self, lm: "LanguageModelLM", loaded: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +160,7 @@ class Evaluation:
             loaded,
             limit=self.limit,
             bootstrap_iters=self.bootstrap_iters,
-            log_samples=False,
+            log_samples=True,
         )
 
     def _protocol(
@@ -164,6 +179,7 @@ class Evaluation:
             "gen_kwargs": self.gen_kwargs,
             "bootstrap_iters": self.bootstrap_iters,
             "seed": self.cfg.seed,
+            "pack": None if data is not None else self.tasks.pack_hash(name),
         }
         if data is not None:
             from experiments.tasks import VERSIONS
@@ -178,47 +194,25 @@ def describe(error: Exception) -> str:
     return line if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {line}"
 
 
-def split_by_task(results: dict[str, Any], protocol: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """lm-eval's results as one such dictionary for each task (and group with scores of its own)."""
-    from lm_eval.utils import handle_non_serializable
-
-    contents = {}
-    for task, scores in results["results"].items():
-        if not any(isinstance(v, int | float) and "," in k for k, v in scores.items()):
-            continue  # a group that does not average its tasks
-        content: dict[str, Any] = {"protocol": protocol}
-        for theirs, ours in PARTS.items():
-            content[ours] = {k: v for k, v in results[theirs].items() if k == task}
-        content["config"].get(task, {}).pop("custom_dataset", None)  # code, for our own tasks
-        contents[task] = json.loads(json.dumps(content, default=handle_non_serializable))
-    return contents
-
-
-def table(scored: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """lm-eval's own table over all runs: run -> task -> content of its file."""
-    from lm_eval.utils import make_table
-
-    rows: dict[str, dict[str, Any]] = {name: {} for name in PARTS.values()}
-    for run, contents in scored.items():
-        for task, content in contents.items():
-            for part in PARTS.values():
-                rows[part] |= {f"{run} {task}": v for v in content[part].values()}
-            rows["results"][f"{run} {task}"] |= {"alias": f"{run} {task}"}
-    return make_table(rows)
+def say(line: str) -> None:
+    """Print, in the first process alone."""
+    if ranks.rank() == 0:
+        print(line, flush=True)
 
 
 @entry("evaluate")
 def main(cfg: DictConfig) -> None:
     if (cfg.run is None) == (cfg.suite is None):
         raise ValueError("say what to score: run=DIRECTORY (or a glob, or a list) or suite=NAME")
-    if not sys.stderr.isatty():
+    ranks.start()
+    if not sys.stderr.isatty() or ranks.rank() > 0:
         os.environ.setdefault("TQDM_DISABLE", "1")  # before lm-eval imports it
     pattern = f"{cfg.paths.runs}/{cfg.suite}/*/*" if cfg.run is None else plain(cfg)["run"]
     runs = find_runs(pattern)
     finished = [run for run in runs if run.finished]
     for run in runs:
         if not run.finished:
-            print(f"{run.path}: not finished, skipped", flush=True)
+            say(f"{run.path}: not finished, skipped")
     if not finished:
         raise ValueError("nothing to score: none of these runs is finished; train them first")
 
@@ -230,7 +224,8 @@ def main(cfg: DictConfig) -> None:
     evaluation = Evaluation(cfg)
     scored = {run.name: evaluation.score(run) for run in finished}
     if any(scored.values()):
-        print(table(scored))
+        say(table(scored))
+    ranks.stop()
     if evaluation.failures:
         failed = ", ".join(evaluation.failures)
         raise RunFailed(f"not scored, for the reasons above: {failed}")

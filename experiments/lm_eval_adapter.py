@@ -5,8 +5,8 @@ the arithmetic is in `scoring.py` and `models/generation.py`.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
@@ -14,23 +14,29 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from experiments import ranks
 from experiments.data.tokenizer import Tokenizer
-from experiments.scoring import Scorer, Tokens, batched
+from experiments.journal import Journal, request_key
+from experiments.prefix_tree import Tokens
+from experiments.scoring import Scorer, batched
+from experiments.text_stream import TextStream
 from models.generation import generate
 from models.language_model import LanguageModel
 
 Request = tuple[Any, list[int], list[int]]  # texts (what lm-eval caches by), context, continuation
+Item = TypeVar("Item", bound=tuple)  # a request whose first part is tokens
+Finished = Callable[[dict[int, Any]], object]  # takes answers by the place of their request
 
 
 class LanguageModelLM(TemplateLM):
     """A `LanguageModel` and its tokenizer behind lm-eval's interface.
 
     Args:
-        model: in evaluation mode, on the device it is to run on.
+        model: in evaluation mode, on the device and with the type of weights it is to run in.
         tokenizer: the one it was trained with.
         prefix: what stands before a text that has no context: "eot", "newline", or "none" (then
             the first token only conditions the rest and is not scored itself).
-        dtype, batch_tokens: see `Scorer`.
+        batch_tokens: see `Scorer`.
         rolling_ctx: window of loglikelihood_rolling in tokens: "trained" (the model's ctx_len,
             the same for both families), "max" (all the model may see: a whole document in one
             pass where max_ctx is None), or a number.
@@ -46,7 +52,6 @@ class LanguageModelLM(TemplateLM):
         model: LanguageModel,
         tokenizer: Tokenizer,
         prefix: str = "eot",
-        dtype: str = "float32",
         rolling_ctx: int | str = "trained",
         batch_tokens: int = 16384,
         seed: int = 0,
@@ -62,8 +67,9 @@ class LanguageModelLM(TemplateLM):
         self.prefix = prefix
         self._prefix_id = prefix_token(tokenizer, prefix)
         self.rolling_ctx = rolling_window(model, rolling_ctx)
-        self.scorer = Scorer(model, dtype, batch_tokens)
+        self.scorer = Scorer(model, batch_tokens)
         self.seed = seed
+        self.journal = Journal()  # of the task being scored; put another in its place for each
         self.n_truncated = 0  # requests that lost tokens on the left since construction
         self._device = self.scorer.device
 
@@ -72,7 +78,7 @@ class LanguageModelLM(TemplateLM):
         """What of this adapter decides the scores, for the record beside them."""
         return {
             "prefix": self.prefix,
-            "dtype": self.scorer.dtype,
+            "dtype": str(self.model.head.weight.dtype).removeprefix("torch."),
             "device": self.device.type,
             "max_ctx": self.model.max_ctx,
             "rolling_ctx": self.rolling_ctx,
@@ -138,73 +144,111 @@ class LanguageModelLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations as text, cut before the first stop string; greedy unless told to sample.
 
+        A sampled text depends on the seed, its prompt and its options alone.
+
         Raises:
             ValueError: for an option it does not know, or more tokens than the context holds.
         """
-        texts = [""] * len(requests)
-        alike: dict[str, list[int]] = {}
-        for i, request in enumerate(requests):
-            alike.setdefault(repr(request.args[1]), []).append(i)
-        with self._progress(len(requests), "generating", disable_tqdm) as bar:
-            for members in alike.values():
-                for i, text in self._generate_alike([requests[i] for i in members]):
-                    texts[members[i]] = text
-                    self.cache_hook.add_partial("generate_until", requests[members[i]].args, text)
-                    bar.update()
+        parsed = [GenerationOptions.parse(request.args[1]) for request in requests]
+        prompts = [
+            (tuple(self._prompt(request.args[0], options)), options)
+            for request, options in zip(requests, parsed, strict=True)
+        ]
+        texts = self._answers(
+            prompts, lambda one: len(one[0]), self._generate_all, "generating", disable_tqdm
+        )
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs = [(self._fit(before, after), tuple(after)) for _, before, after in requests]
-        with self._progress(len(set(pairs)), "loglikelihoods", disable_tqdm) as bar:
-            answers = self.scorer.score(pairs, bar.update)
+
+        def run(mine: list[tuple[Tokens, Tokens]], finished: Finished) -> None:
+            self.scorer.score(mine, finished)
+
+        answers = self._answers(
+            pairs, lambda pair: len(pair[0] + pair[1]), run, "loglikelihoods", disable_tqdm
+        )
+        answers = [(score, greedy) for score, greedy in answers]
         for (texts, *_), answer in zip(requests, answers, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 
-    def _generate_alike(self, requests: list[Instance]) -> Iterator[tuple[int, str]]:
-        """Number and text of each of these requests, which ask for the same options."""
-        options = GenerationOptions.parse(requests[0].args[1])
-        generator = torch.Generator(self.device).manual_seed(self.seed)
-        prompts = [(i, self._prompt(r.args[0], options)) for i, r in enumerate(requests)]
-        for batch in batched(
-            prompts, lambda p: len(p[1]) + options.max_tokens, self.scorer.batch_tokens
-        ):
-            answers = self._generate([tokens for _, tokens in batch], options, generator)
-            yield from zip([i for i, _ in batch], answers, strict=True)
+    def _answers(
+        self,
+        requests: list[Item],
+        cost: Callable[[Item], int],
+        run: Callable[[list[Item], Finished], None],
+        what: str,
+        disable_tqdm: bool,
+    ) -> list[Any]:
+        """What the journal has; the rest is run, by all processes together, and goes there."""
+        keys = [request_key(what, request) for request in requests]
+        missing = {
+            k: r for k, r in zip(keys, requests, strict=True) if k not in self.journal.answers
+        }
+        # in order, so that what requests have in common is run by one process
+        ordered = sorted(missing, key=lambda key: missing[key][0])
+        mine = ranks.share(ordered, lambda key: cost(missing[key]))
+        new: dict[str, Any] = {}
+        quiet = disable_tqdm or not sys.stderr.isatty()
+        with tqdm(total=len(mine), desc=what, unit="req", disable=quiet, leave=False) as bar:
 
-    def _generate(
-        self, prompts: list[list[int]], options: "GenerationOptions", generator: torch.Generator
-    ) -> list[str]:
-        # every byte of a stop string may be a token, and the string ends at the newest one
-        tail = max((len(stop.encode()) for stop in options.until), default=0) + 4
+            def finished(answers: dict[int, Any]) -> None:
+                some = {mine[place]: answer for place, answer in answers.items()}
+                self.journal.add(some)
+                new.update(some)
+                bar.update(len(some))
+
+            run([missing[key] for key in mine], finished)
+        for part in ranks.gather(new):
+            self.journal.answers |= part
+        return [self.journal.answers[key] for key in keys]
+
+    def _generate_all(
+        self, requests: "list[tuple[Tokens, GenerationOptions]]", finished: Finished
+    ) -> None:
+        alike: dict[GenerationOptions, list[int]] = {}
+        for place, (_, options) in enumerate(requests):
+            alike.setdefault(options, []).append(place)
+        for options, places in alike.items():
+
+            def cost(place: int, options: GenerationOptions = options) -> int:
+                return len(requests[place][0]) + options.max_tokens
+
+            for batch in batched(places, cost, self.scorer.batch_tokens):
+                texts = self._generate([list(requests[place][0]) for place in batch], options)
+                finished(dict(zip(batch, texts, strict=True)))
+
+    def _generate(self, prompts: list[list[int]], options: "GenerationOptions") -> list[str]:
+        streams = [TextStream(self.codec, options.until) for _ in prompts]
+        texts = [""] * len(prompts)
 
         def stopped(row: int, new: list[int]) -> bool:
-            text = self.codec.decode(new[-tail:])
-            return any(stop in text for stop in options.until)
+            texts[row] += streams[row].push(new[-1])
+            return streams[row].stopped
 
-        with self.scorer.autocast():
-            news = generate(
-                self.model,
-                prompts,
-                options.max_tokens,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                generator=generator,
-                eot_id=self.eot_token_id,
-                vocab_size=self.codec.vocab_size,
-                stop=stopped if options.until else None,
-            )
-        texts = []
-        for new in news:
-            text = self.codec.decode(new)
-            for stop in options.until:
-                text = text.partition(stop)[0]
-            texts.append(text)
-        return texts
+        generators = [
+            torch.Generator(self.device).manual_seed(int(request_key(self.seed, prompt)[:12], 16))
+            for prompt in prompts
+        ]
+        generate(
+            self.model,
+            prompts,
+            options.max_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            generator=generators,
+            eot_id=self.eot_token_id,
+            vocab_size=self.codec.vocab_size,
+            stop=stopped,
+        )
+        return [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]
 
     def _prompt(self, context: str, options: "GenerationOptions") -> list[int]:
         tokens = self.tok_encode(context)
@@ -250,15 +294,11 @@ class LanguageModelLM(TemplateLM):
         self.n_truncated += 1
         return tuple(context[len(continuation) - limit - 1 :])
 
-    def _progress(self, total: int, what: str, disable: bool) -> tqdm:
-        quiet = disable or not sys.stderr.isatty()
-        return tqdm(total=total, desc=what, unit="req", disable=quiet, leave=False)
-
 
 class GenerationOptions(NamedTuple):
     """lm-eval's generation_kwargs, as far as this suite's generator knows them."""
 
-    until: list[str]
+    until: tuple[str, ...]
     max_tokens: int
     temperature: float
     top_k: int | None
@@ -283,7 +323,7 @@ class GenerationOptions(NamedTuple):
                 "max_gen_toks, do_sample, temperature, top_k, top_p"
             )
         return cls(
-            until=[stop for stop in ([until] if isinstance(until, str) else until) if stop],
+            until=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
             max_tokens=int(limits[0]) if limits else 256,  # lm-eval's default
             temperature=float(1.0 if temperature is None else temperature) if do_sample else 0.0,
             top_k=top_k,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.entry import one_line
-from experiments.pack import Pack
+from experiments.pack import Pack, content_hash
 from experiments.task_files import definition, scored_split, task_config, task_from_rows
 
 if TYPE_CHECKING:
@@ -201,21 +201,30 @@ class Tasks:
                 task_config(self.task_file(leaf)[0])
             return dict(self._manager.load([name]))
 
-    def documents(self, name: str) -> dict[str, Any]:
-        """How many documents a task's official split has, and whether fewer are here.
+    def pack_hash(self, name: str) -> str | None:
+        """Hash of a task's rows and definition in the pack; None where they are not from one."""
+        if self.pack is None or name not in self.pack.tasks:
+            return None
+        return content_hash(self.pack.tasks[name])[:16]
 
-        `official` is None where nobody said; `subset` is None where it is not known, as for a task
-        from the hub that is not loaded yet.
+    def documents(self, name: str) -> dict[str, Any]:
+        """What is known of a task's documents.
+
+        `official`: how many its official split has, None where nobody said. `subset`: whether fewer
+        are here, None where that is not known, as for a task from the hub that is not loaded yet.
+        `pack`: hash of its definition and rows in the pack, None without a pack.
         """
         if self.pack is not None and name in self.pack.tasks:
-            return {key: self.pack.tasks[name][key] for key in ("official", "subset")}
+            entry_ = self.pack.tasks[name]
+            known = {key: entry_[key] for key in ("official", "subset")}
+            return known | {"pack": self.pack.task_hash(name)}
         official = self._n_documents.get(name)
         subset = None
         for loaded in self._loaded.values():
             if official is not None and isinstance(loaded, dict) and name in loaded["tasks"]:
                 task = loaded["tasks"][name]
                 subset = len(task.dataset[scored_split(vars(task.config))]) < official
-        return {"official": official, "subset": subset}
+        return {"official": official, "subset": subset, "pack": None}
 
 
 def near(name: str, known: list[str]) -> str:

@@ -1,143 +1,167 @@
 """Log-probabilities of answers after contexts, for any model of the contract.
 
-A context that several answers share is run once and its state (RWKV) or KV cache (GPT) is forked
-for each answer; logits are computed only where a token of an answer is predicted.
+What several requests begin with (`prefix_tree.py`) is run once: its state (RWKV) or KV cache (GPT)
+is forked for each continuation. Logits are computed only where a token of an answer is predicted.
 
 B batch, T time, C n_embd, V vocabulary, N scored positions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from experiments.prefix_tree import NOTHING, Segment, Tokens, plan
 from models.generation import pad_left
 from models.language_model import LanguageModel, State, select_rows
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGITS_AT_ONCE = 2**24  # elements of (N, V) held at a time: 64 MiB in float32
 
-Tokens = tuple[int, ...]
 Item = TypeVar("Item")
-
-
-class Row(NamedTuple):
-    """One sequence to run: its last inputs predict `targets`, whose sum goes to `answer`."""
-
-    inputs: Tokens
-    targets: Tokens
-    answer: int
-
-
-class Shared(NamedTuple):
-    """A context that several rows continue; each row starts with what follows it."""
-
-    context: Tokens
-    rows: list[Row]
+Answer = tuple[float, bool]  # log P in nats, and whether greedy decoding gives it
 
 
 class Scorer:
     """Scores answers with one model.
 
     Args:
-        model: in evaluation mode, on the device it is to run on.
-        dtype: float32, or what autocast computes matrix products in; log-probabilities are
-            float32, summed in float64, either way.
+        model: in evaluation mode, on the device and with the type of weights it is to run in;
+            log-probabilities are float32, summed in float64, whatever these are.
         batch_tokens: most tokens, padding included, in one forward pass; a single longer sequence
             runs in chunks that pass the state on.
 
     Raises:
-        ValueError: for another dtype, or batch_tokens below 1.
+        ValueError: for batch_tokens below 1.
     """
 
-    def __init__(self, model: LanguageModel, dtype: str = "float32", batch_tokens: int = 16384):
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    def __init__(self, model: LanguageModel, batch_tokens: int = 16384):
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
         self.model = model
-        self.dtype = dtype
         self.batch_tokens = batch_tokens
         self.device = model.emb.weight.device
+        self._grows = model.state_bytes(1, 2) > model.state_bytes(1, 1)
 
     @torch.inference_mode()
     def score(
-        self, requests: Sequence[tuple[Tokens, Tokens]], advance: Callable[[int], object]
-    ) -> list[tuple[float, bool]]:
-        """(log P(answer | context) in nats, whether each of its tokens is the likeliest).
+        self,
+        requests: Sequence[tuple[Tokens, Tokens]],
+        finished: Callable[[dict[int, Answer]], object] = lambda answers: None,
+    ) -> list[Answer]:
+        """log P(answer | context) and greediness of each request.
 
         Contexts and answers hold at least one token each, and together at most max_ctx + 1;
-        equal requests are run once. `advance(n)` is called when n more of them are done.
+        equal requests are run once. `finished` gets requests, by their place, as they are done.
         """
-        # context -> answer -> its number
-        groups: dict[Tokens, dict[Tokens, int]] = {}
-        numbers: list[int] = []
-        total = 0
-        for context, answer in requests:
-            numbers.append(groups.setdefault(context, {}).setdefault(answer, total))
-            total = max(total, numbers[-1] + 1)
-        scores = torch.zeros(total, dtype=torch.float64)
-        greedy = torch.ones(total, dtype=torch.bool)
-        alone, shared = plan(groups)
-        for rows in batched(alone, row_length, self.batch_tokens):
-            self._score_rows(rows, None, scores, greedy)
-            advance(len(rows))
-        for some in shared_batches(shared, self.batch_tokens, self.model.max_ctx):
-            self._score_shared(some, scores, greedy)
-            advance(sum(len(one.rows) for one in some))
-        answers = list(zip(scores.tolist(), greedy.tolist(), strict=True))
-        return [answers[number] for number in numbers]
+        places, roots = plan(requests)
+        self._scores = torch.zeros(len(places), dtype=torch.float64)
+        self._greedy = torch.ones(len(places), dtype=torch.bool)
+        answers: list[Answer] = [(0.0, True)] * len(requests)
+        for done in self._run(roots):
+            new = {
+                place: (self._scores[segment.first].item(), bool(self._greedy[segment.first]))
+                for segment in done
+                for place in places[segment.first]
+            }
+            for place, answer in new.items():
+                answers[place] = answer
+            finished(new)
+        return answers
 
-    def autocast(self) -> torch.autocast:
-        """The context in which the model runs."""
-        enabled = self.dtype != "float32"
-        return torch.autocast(self.device.type, DTYPES[self.dtype] if enabled else None, enabled)
+    def _run(self, roots: list[Segment]) -> Iterator[list[Segment]]:
+        """Run a whole tree; segments that end a request, as they are done."""
+        alone = [root for root in roots if not root.children]
+        for batch in batched(alone, n_inputs, self.batch_tokens):
+            self._add(batch, None)
+            yield batch
+        for batch in self._root_batches([root for root in roots if root.children]):
+            _, n_pad = pad_left([root.inputs for root in batch], torch.device("cpu"))
+            state = self._add(batch, self.model.init_state(len(batch), n_pad), padded="left")
+            yield from self._descend(batch, state, n_inputs(batch[0]))
 
-    def _score_shared(self, some: list[Shared], scores: Tensor, greedy: Tensor) -> None:
-        """Run the contexts together, then their rows from forks of the states."""
-        ids, n_pad = pad_left([list(one.context) for one in some], torch.device("cpu"))
-        state: State | None = self.model.init_state(len(some), n_pad)
-        for *_, after in self._chunks(ids, state):
-            state = after
+    def _descend(
+        self, parents: list[Segment], state: State | None, length: int
+    ) -> Iterator[list[Segment]]:
+        """Run what follows the parents, which the rows of `state` have seen, `length` tokens."""
         assert state is not None  # state in, state out
-        forks = [(owner, row) for owner, one in enumerate(some) for row in one.rows]
-        length = ids.shape[1]  # a forked KV cache holds the context once more
-        for batch in batched(forks, lambda fork: length + row_length(fork[1]), self.batch_tokens):
-            owners = torch.tensor([owner for owner, _ in batch], device=self.device)
-            rows = [row for _, row in batch]
-            self._score_rows(rows, select_rows(state, owners), scores, greedy)
+        forks = [(row, child) for row, one in enumerate(parents) for child in one.children]
+        ends = [(row, child) for row, child in forks if not child.children]
+        held = length if self._grows else 0  # a forked KV cache holds the parent once more
 
-    def _score_rows(
-        self, rows: Sequence[Row], state: State | None, scores: Tensor, greedy: Tensor
-    ) -> None:
-        """Add each row's log-probabilities to `scores`, and clear `greedy` where it missed."""
-        B, T = len(rows), max(map(row_length, rows))
+        def cost(fork: tuple[int, Segment]) -> int:
+            return held + n_inputs(fork[1])
+
+        for batch in batched(ends, cost, self.batch_tokens):
+            segments = [child for _, child in batch]
+            if n_inputs(segments[0]):  # else all of them end where their parent does
+                self._add(segments, self._forked(state, batch))
+            yield segments
+        inner: dict[int, list[tuple[int, Segment]]] = {}
+        for fork in forks:  # padding would leave a trace in the state behind it: equal lengths only
+            if fork[1].children:
+                inner.setdefault(n_inputs(fork[1]), []).append(fork)
+        for n, alike in inner.items():
+            for batch in batched(alike, cost, self.batch_tokens):
+                segments = [child for _, child in batch]
+                after = self._add(segments, self._forked(state, batch))
+                yield from self._descend(segments, after, length + n)
+
+    def _forked(self, state: State, forks: list[tuple[int, Segment]]) -> State:
+        return select_rows(state, torch.tensor([row for row, _ in forks], device=self.device))
+
+    def _root_batches(self, roots: list[Segment]) -> Iterator[list[Segment]]:
+        """Roots to run together: padded within batch_tokens, and within max_ctx to all ends."""
+        batch: list[Segment] = []
+        limit = self.model.max_ctx
+        for root in sorted(roots, key=n_inputs, reverse=True):
+            together = [*batch, root]
+            longest = n_inputs(together[0])
+            reach = longest + max(one.reach - n_inputs(one) for one in together)
+            too_long = limit is not None and reach > limit
+            if batch and (too_long or len(together) * longest > self.batch_tokens):
+                yield batch
+                together = [root]
+            batch = together
+        if batch:
+            yield batch
+
+    def _add(
+        self, segments: list[Segment], state: State | None, padded: str = "right"
+    ) -> State | None:
+        """Run segments as rows, add up what they score; the state behind them.
+
+        Padding on the right does no harm where nothing follows: a causal model never looks there.
+        """
+        B, T = len(segments), max(map(n_inputs, segments))
         ids = torch.zeros(B, T, dtype=torch.int64)
-        targets = torch.full((B, T), -1)
-        for i, row in enumerate(rows):  # padding on the right: a causal model never looks there
-            n = len(row.inputs)
-            ids[i, :n] = torch.tensor(row.inputs)
-            targets[i, n - len(row.targets) : n] = torch.tensor(row.targets)
-        answers = torch.tensor([row.answer for row in rows])
+        targets = torch.full((B, T), NOTHING)
+        for row, one in enumerate(segments):
+            start = T - n_inputs(one) if padded == "left" else 0
+            ids[row, start : start + n_inputs(one)] = torch.tensor(one.inputs)
+            targets[row, start : start + n_inputs(one)] = torch.tensor(one.targets)
+        sums = torch.zeros(B, dtype=torch.float64)
+        greedy = torch.ones(B, dtype=torch.bool)
         step = max(1, LOGITS_AT_ONCE // self.model.vocab_size)
-        for chunk, x, _ in self._chunks(ids, state):
-            b, t = (targets[:, chunk] >= 0).nonzero(as_tuple=True)
+        after = state
+        for chunk, x, after in self._chunks(ids, state):  # noqa: B007, the last one counts
+            b, t = (targets[:, chunk] != NOTHING).nonzero(as_tuple=True)
             wanted = targets[:, chunk][b, t]
             x = x[b.to(self.device), t.to(self.device)]  # (N, C)
             for start in range(0, len(b), step):
                 piece = slice(start, start + step)
                 hit, logp = self._predict(x[piece], wanted[piece])
-                owners = answers[b[piece]]
-                scores.index_add_(0, owners, logp)
-                greedy[owners[~hit]] = False
+                sums.index_add_(0, b[piece], logp)
+                greedy[b[piece][~hit]] = False
+        for row, one in enumerate(segments):
+            self._scores[one.first : one.last] += sums[row]
+            self._greedy[one.first : one.last] &= greedy[row]
+        return after
 
     def _predict(self, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, C), ids (N,) -> are they the likeliest (N,), log-probabilities (N,)."""
         wanted = wanted.to(self.device)
-        with self.autocast():
-            logits = self.model.head(x)  # (N, V)
-        logits = logits.float()
+        logits = self.model.head(x).float()  # (N, V)
         logp = logits.gather(-1, wanted[:, None]).squeeze(-1) - logits.logsumexp(-1)
         return (logits.argmax(-1) == wanted).cpu(), logp.cpu().double()
 
@@ -151,29 +175,13 @@ class Scorer:
             state = self.model.init_state(B)
         for start in range(0, T, size):
             chunk = slice(start, start + size)
-            with self.autocast():
-                x, state = self.model.features(ids[:, chunk].to(self.device), state)
+            x, state = self.model.features(ids[:, chunk].to(self.device), state)
             yield chunk, x, state
 
 
-def row_length(row: Row) -> int:
-    """Tokens to run for a row."""
-    return len(row.inputs)
-
-
-def plan(groups: dict[Tokens, dict[Tokens, int]]) -> tuple[list[Row], list[Shared]]:
-    """Split requests into rows that run whole, and contexts that run once for several rows."""
-    alone: list[Row] = []
-    shared: list[Shared] = []
-    for context, answers in groups.items():
-        fork = len(context) > 1 and len(answers) > 1
-        head = context[-1:] if fork else context  # its last token predicts the first of each
-        rows = [Row(head + answer[:-1], answer, number) for answer, number in answers.items()]
-        if fork:
-            shared.append(Shared(context[:-1], rows))
-        else:
-            alone += rows
-    return alone, shared
+def n_inputs(segment: Segment) -> int:
+    """Tokens to run for a segment."""
+    return len(segment.inputs)
 
 
 def batched(items: list[Item], length: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
@@ -184,19 +192,3 @@ def batched(items: list[Item], length: Callable[[Item], int], limit: int) -> Ite
         n = max(1, limit // max(1, length(items[start])))
         yield items[start : start + n]
         start += n
-
-
-def shared_batches(shared: list[Shared], limit: int, max_ctx: int | None) -> Iterator[list[Shared]]:
-    """Contexts to run together: padded within `limit`, and within max_ctx before any row."""
-    batch: list[Shared] = []
-    for one in sorted(shared, key=lambda one: len(one.context), reverse=True):
-        together = [*batch, one]
-        n_context = len(together[0].context)
-        longest = n_context + max(row_length(row) for each in together for row in each.rows)
-        too_long = max_ctx is not None and longest > max_ctx
-        if batch and (too_long or len(together) * n_context > limit):
-            yield batch
-            together = [one]
-        batch = together
-    if batch:
-        yield batch

@@ -16,6 +16,7 @@ from experiments.lm_eval_adapter import GenerationOptions, LanguageModelLM
 from experiments.scoring import Scorer
 from models.gpt import GPT
 from models.language_model import LanguageModel
+from models.ops.linear import round_matrices
 from models.rwkv4 import RWKV4
 
 TEXT = "the cat and the hat and the bat sat on a mat; " * 20
@@ -243,7 +244,6 @@ def test_rolling_over_all_a_model_may_see() -> None:
     ("options", "message"),
     [
         ({"prefix": "bos"}, "prefix must be eot, newline or none"),
-        ({"dtype": "int8"}, "dtype must be one of"),
         ({"batch_tokens": 0}, "batch_tokens must be at least 1"),
         ({"rolling_ctx": 0}, "rolling_ctx must be"),
         ({"rolling_ctx": 49}, "more than this gpt may see"),
@@ -263,7 +263,9 @@ def test_a_tokenizer_of_another_model_is_refused(bpe) -> None:
 def test_low_precision_stays_close(build) -> None:
     model, pairs = build(), requests("loglikelihood", PAIRS)
     full = LanguageModelLM(model, BytesTokenizer()).loglikelihood(pairs)
-    half = LanguageModelLM(model, BytesTokenizer(), dtype="bfloat16").loglikelihood(pairs)
+    lm = LanguageModelLM(round_matrices(model, torch.bfloat16), BytesTokenizer())
+    half = lm.loglikelihood(pairs)
+    assert lm.protocol["dtype"] == "bfloat16"
     assert [s for s, _ in half] == pytest.approx([s for s, _ in full], rel=0.05)
     assert half != full
 
@@ -286,6 +288,9 @@ class Alphabet(LanguageModel):
 
     def init_state(self, batch_size, n_pad=None):
         return {"nothing": torch.zeros(batch_size, 1)}
+
+    def state_bytes(self, batch_size, n_tokens):
+        return 4 * batch_size
 
 
 def test_generation_stops_at_strings_and_honours_the_limit() -> None:
@@ -349,7 +354,7 @@ def build_seeded(build) -> LanguageModel:
 
 def test_generation_options() -> None:
     greedy = GenerationOptions.parse({"until": "\n", "do_sample": False, "temperature": 0.7})
-    assert greedy == GenerationOptions(["\n"], 256, 0.0, None, None)
+    assert greedy == GenerationOptions(("\n",), 256, 0.0, None, None)
     assert GenerationOptions.parse({"do_sample": True}).temperature == 1.0
     assert GenerationOptions.parse({"temperature": 0.5}).temperature == 0.5
     assert GenerationOptions.parse({"max_new_tokens": 7}).max_tokens == 7
@@ -381,7 +386,7 @@ def test_a_shared_context_is_run_once(build) -> None:
     count = CountTokens(model)
     context = tuple(range(1, 33))
     answers = [(1, 2, 3), (4, 5, 6), (7, 8, 9), (10, 11, 12)]
-    Scorer(model).score([(context, answer) for answer in answers], lambda n: None)
+    Scorer(model).score([(context, answer) for answer in answers])
     assert count.n == 31 + 4 * 3
 
 
