@@ -34,8 +34,9 @@ class Pack:
     Attributes:
         hash: of everything in it, 64 hex digits; two packs of the same content have the same.
         tasks: by name, as `pack.json` has them: `version`, `source` (task file, relative to
-            lm-eval's), `definition`, `splits` (each with `file`, `sha256`, `rows`), `scored` (a
-            split), `official` (rows of the whole split, or None), `subset` (True, False, None).
+            lm-eval's), `definition`, `splits` (each with `file`, `sha256`, `rows` and their
+            `content`'s hash), `scored` (a split), `official` (rows of the whole split, or None),
+            `subset` (True, False, None).
         groups: names that stand for several tasks -> those tasks.
         lm_eval: version of lm-eval it was made with.
         tokenizer: path of a `tokenizer.json`, or None.
@@ -88,9 +89,25 @@ class Pack:
             raise ValueError(f"{file} is damaged: its hash is off; copy the pack again")
 
     def definition(self, task: str) -> dict[str, Any]:
-        """A task's definition as plain data; functions are texts, `!function file.name`."""
+        """A task's definition as plain data; functions are texts, `!function file.name`.
+
+        Raises:
+            ValueError: if it is more than data.
+        """
         file = self.path / self.tasks[task]["definition"]["file"]
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        try:
+            read = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            read = None
+        if not isinstance(read, dict):
+            raise ValueError(f"{file} is not a task's definition as plain data: do not use it")
+        return read
+
+    def task_hash(self, task: str) -> str:
+        """Hash of a task's definition and rows, 64 hex digits, whatever else the pack holds."""
+        entry = self.tasks[task]
+        rows = {split: part["content"] for split, part in entry["splits"].items()}
+        return content_hash({"definition": entry["definition"]["sha256"], "rows": rows})
 
     def dataset(self, task: str) -> "dict[str, Dataset]":
         """The rows of a task by split, in memory: no cache is read or written.
@@ -112,7 +129,7 @@ def files_of(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def content_hash(content: dict[str, Any]) -> str:
-    """Hash of a pack.json without its own `hash`, 64 hex digits."""
+    """Hash of a JSON object, such as a pack.json without its own `hash`; 64 hex digits."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -134,8 +151,11 @@ def _within(file: str, suffix: str = "") -> None:
         raise ValueError(f"the pack names a file outside its folder, {file!r}: do not use it")
 
 
-def write_rows(dataset: "Dataset", file: Path) -> None:
+def write_rows(dataset: "Dataset", file: Path) -> str:
     """Write rows as Parquet with the data set's column types; same rows, same bytes.
+
+    Returns a hash of the rows that, unlike the file's, is the same for every version of the library
+    that writes it.
 
     Raises:
         ValueError: if a column is of a kind that packs do not hold (images, audio).
@@ -146,6 +166,10 @@ def write_rows(dataset: "Dataset", file: Path) -> None:
     _check_columns(json.loads(schema.metadata[b"huggingface"])["info"]["features"], str(file))
     table = dataset.with_format("arrow")[:].cast(schema).combine_chunks()
     pq.write_table(table.replace_schema_metadata(schema.metadata), file, compression="zstd")
+    digest = hashlib.sha256()
+    for row in table.to_pylist():
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def read_rows(file: Path) -> "Dataset":

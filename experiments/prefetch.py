@@ -118,8 +118,8 @@ def add_task(
         check_name(split)
         target = folder / "data" / name / f"{split}.parquet"
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(part, target)
-        written[split] = {**_file(target, folder), "rows": len(part)}
+        content = write_rows(part, target)
+        written[split] = {**_file(target, folder), "rows": len(part), "content": content}
     return {
         "version": (config.get("metadata") or {}).get("version"),
         "source": None if own else file.relative_to(root).as_posix(),
@@ -212,7 +212,7 @@ def main(cfg: DictConfig) -> None:
     check_out(out, cfg.force)
     tokenizer = read_tokenizer(cfg.tokenizer_file)
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # before datasets imports it
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # before it is imported
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = Tasks(wanted["tasks"], wanted["include_path"], seed=0)
     for name in tasks.names:

@@ -47,7 +47,7 @@ def stand_in() -> Iterator[None]:
     Only what is missing of that path is made up. To be held for the import of a task file alone:
     other code takes a made-up `transformers` for the real one.
     """
-    made: list[str] = []
+    before: dict[str, ModuleType | None] = {}
     parts = MISSING.split(".")
     try:
         for depth in range(1, len(parts) + 1):
@@ -55,13 +55,15 @@ def stand_in() -> Iterator[None]:
             try:
                 importlib.import_module(name)
             except ImportError:
+                before[name] = sys.modules.get(name)
                 sys.modules[name] = ModuleType(name)
-                made.append(name)
-        if made:
+        if before:
             module = sys.modules[MISSING]
             for function in (normalize_answer, compute_exact, compute_f1):
                 setattr(module, function.__name__, function)
         yield
     finally:
-        for name in made:
-            sys.modules.pop(name, None)
+        for name, module in before.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
