@@ -19,7 +19,15 @@ OF_IMPORT = ("tokenizer", "ctx_len", "training_tokens", "rescaled")
 
 @entry("convert")
 def main(cfg: DictConfig) -> None:
-    settings = plain(cfg)
+    convert(plain(cfg))
+
+
+def convert(settings: dict[str, Any]) -> None:
+    """Convert as the keys of conf/convert.yaml say.
+
+    Raises:
+        FileNotFoundError, ValueError: for what is wrong with them, or with the files they name.
+    """
     check_settings(settings)
     source, target = (Path(str(settings.pop(key))).expanduser() for key in ("source", "target"))
     if not source.exists():

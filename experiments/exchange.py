@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from experiments.config import make
 from experiments.data.tokenizer import END_OF_TEXT, JsonTokenizer, Tokenizer, read_tokenizer
 from experiments.outside import compare
 from experiments.run_dir import RunDir, model_weights, write_json, write_text
@@ -213,20 +214,18 @@ def export_checkpoint(
     """
     run = RunDir(source)
     path = run.checkpoint(checkpoint)
-    settings = OmegaConf.to_container(run.config.model.net, resolve=True)
-    assert isinstance(settings, dict)
-    target_class = str(settings.pop("_target_"))
-    families = {f"{c.__module__}.{c.__name__}": f for f, c in convert.FAMILIES.items() if "hf" in f}
-    if target_class not in families:
-        raise ValueError(f"{source} is a {target_class}: only {', '.join(families)} have a format")
-    kind = families[target_class]
+    with torch.device("meta"):
+        model = make(run.config.model.net)
+    kinds = {cls: kind for kind, cls in convert.FAMILIES.items() if kind.startswith("hf_")}
+    if type(model) not in kinds:
+        raise ValueError(f"{source} is a {type(model).__name__}, which no format is for")
+    kind = kinds[type(model)]
     if target.suffix in (".pth", ".safetensors"):
         if kind == "hf_gpt_neox":
             raise ValueError(
                 f"{target.suffix} is a format of RWKV: a GPT is exported to a folder (target=DIR)"
             )
         kind = "rwkv_pth" if target.suffix == ".pth" else "rwkv_safetensors"
-    model = convert.empty_model({str(k): v for k, v in settings.items()}, kind)
     loaded = load_pickle(path)
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds no model weights")

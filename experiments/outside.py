@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.weights_file import read_pickle, read_safetensors
+from experiments.weights_file import read_json, read_pickle, read_safetensors
 from models import convert
 from models.language_model import LanguageModel
 
@@ -57,10 +57,16 @@ def compare(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.vocab_size, (n,), generator=generator)
     ours = our_logits(model, weights, ids)
-    if kind.startswith("hf_"):
-        theirs = hugging_face_logits(path, ids, divided)
-    else:
-        theirs = rwkv_logits(path, scratch, ids)
+    try:
+        if kind.startswith("hf_"):
+            theirs = hugging_face_logits(path, ids, divided)
+        else:
+            theirs = rwkv_logits(path, scratch, ids)
+    except Exception as error:  # of all kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(
+            f"{name} cannot run {path} ({reason}); check=false does without this check"
+        ) from None
     worst, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     print(
         f"{name}: largest difference of logits {worst:.1e}, largest logit {largest:.3g}, "
@@ -87,16 +93,18 @@ def hugging_face_logits(folder: Path, ids: Tensor, divided: bool = False) -> Ten
 
     `divided`: an RWKV's matrices lie in the folder as its inference mode holds them.
     """
-    from transformers import AutoConfig, GPTNeoXForCausalLM, RwkvForCausalLM
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, RwkvConfig, RwkvForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-    is_rwkv = config.model_type == "rwkv"
+    is_rwkv = read_json(folder / "config.json")["model_type"] == "rwkv"
+    classes: Any = (RwkvConfig, RwkvForCausalLM) if is_rwkv else (GPTNeoXConfig, GPTNeoXForCausalLM)
+    config = classes[0].from_pretrained(folder, local_files_only=True)
     if is_rwkv and not divided:
         config.rescale_every = 0  # or it would halve as it runs, exact but for its norms' epsilon
-    cls: Any = RwkvForCausalLM if is_rwkv else GPTNeoXForCausalLM
-    model = cls.from_pretrained(folder, config=config, dtype=torch.float32, local_files_only=True)
+    model = classes[1].from_pretrained(
+        folder, config=config, dtype=torch.float32, local_files_only=True
+    )
     model.eval()
     if divided:
         model.rwkv.layers_are_rescaled = True

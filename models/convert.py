@@ -118,8 +118,8 @@ def infer_sizes(shapes: Shapes, kind: str) -> dict[str, int]:
     V, C = matrix("emb.weight")
     F = matrix(f"blocks.0.{first}")[0]
     pattern = re.compile(re.escape(outside_name("blocks", kind)) + r"\.(\d+)\.")
-    layers = [int(found[1]) for found in map(pattern.match, shapes) if found]
-    return {"vocab_size": V, "n_layer": max(layers) + 1, "n_embd": C, "n_ffn": F}
+    layers = {found[1] for found in map(pattern.match, shapes) if found}
+    return {"vocab_size": V, "n_layer": len(layers), "n_embd": C, "n_ffn": F}
 
 
 def empty_model(net: Mapping[str, Any], kind: str) -> LanguageModel:
@@ -216,7 +216,12 @@ def hf_config(model: LanguageModel, eot_id: int, dtype: str) -> dict[str, Any]:
 
     RWKV's `rescale_every` is 0: with another value Hugging Face's class changes the weights when it
     runs, and saves the changed ones. Only float16 needs it.
+
+    Raises:
+        ValueError: for an RWKV of one layer, which Hugging Face's class cannot be.
     """
+    if isinstance(model, RWKV4) and model.n_layer == 1:  # it divides by n_layer - 1
+        raise ValueError("Hugging Face's RWKV has two layers or more: this model has one")
     shared = {
         "vocab_size": model.vocab_size,
         "num_hidden_layers": model.n_layer,

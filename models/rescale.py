@@ -39,9 +39,10 @@ def step_height(weights: Mapping[str, Tensor], every: int) -> float | None:
     told is the stairs' height, averaged over the two kinds. None if there is no border, or the
     matrices are zeros, as training starts: then both readings of the files are the same.
 
-    It is a guess, for a step can be a model's own. Simulated (`test_the_guess_is_seldom_wrong`) it
-    is wrong for under 1 % of models of 12 layers or more whose matrices stray from the parabola by
-    15 %, and for some 3 % where they stray by 25 %; with one layer past the border it is worse.
+    It is a guess, for a step can be a model's own. Of 400 simulated models each, whose matrices
+    stray from random parabolas by a standard deviation of 0.2 (15 %), 4 % of those with 7 layers
+    were taken for the other kind, none of those with 12 or more; at 0.3 (23 %) 18 % with 7 layers,
+    2.5 % with 12, 0.3 % with 24. An 18-layer RWKV-4 of 400 thousand tokens strayed by some 0.05.
     """
     n_layer = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     heights = []
