@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.entry import one_line
-from experiments.pack import Pack, content_hash
+from experiments.pack import Pack
 from experiments.task_files import definition, scored_split, task_config, task_from_rows
 
 if TYPE_CHECKING:
@@ -205,26 +205,23 @@ class Tasks:
         """Hash of a task's rows and definition in the pack; None where they are not from one."""
         if self.pack is None or name not in self.pack.tasks:
             return None
-        return content_hash(self.pack.tasks[name])[:16]
+        return self.pack.task_hash(name)[:16]
 
     def documents(self, name: str) -> dict[str, Any]:
         """What is known of a task's documents.
 
         `official`: how many its official split has, None where nobody said. `subset`: whether fewer
         are here, None where that is not known, as for a task from the hub that is not loaded yet.
-        `pack`: hash of its definition and rows in the pack, None without a pack.
         """
         if self.pack is not None and name in self.pack.tasks:
-            entry_ = self.pack.tasks[name]
-            known = {key: entry_[key] for key in ("official", "subset")}
-            return known | {"pack": self.pack.task_hash(name)}
+            return {key: self.pack.tasks[name][key] for key in ("official", "subset")}
         official = self._n_documents.get(name)
         subset = None
         for loaded in self._loaded.values():
             if official is not None and isinstance(loaded, dict) and name in loaded["tasks"]:
                 task = loaded["tasks"][name]
                 subset = len(task.dataset[scored_split(vars(task.config))]) < official
-        return {"official": official, "subset": subset, "pack": None}
+        return {"official": official, "subset": subset}
 
 
 def near(name: str, known: list[str]) -> str:

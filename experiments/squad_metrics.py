@@ -63,7 +63,7 @@ def stand_in() -> Iterator[None]:
                 setattr(module, function.__name__, function)
         yield
     finally:
-        for name, module in before.items():
+        for name, old in before.items():
             del sys.modules[name]
-            if module is not None:
-                sys.modules[name] = module
+            if old is not None:
+                sys.modules[name] = old
