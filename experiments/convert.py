@@ -14,7 +14,7 @@ from experiments.entry import entry
 
 DTYPES = ("float32", "bfloat16", "float16")
 ENDINGS = (".pth", ".safetensors")
-OF_IMPORT = ("tokenizer", "ctx_len", "training_tokens", "rescaled")
+OF_IMPORT = ("tokenizer_file", "ctx_len", "training_tokens", "rescaled")
 
 
 @entry("convert")
@@ -50,8 +50,8 @@ def convert(settings: dict[str, Any]) -> None:
         export_checkpoint(source, target, **settings)
         return
     settings.pop("checkpoint")
-    if settings["tokenizer"] is not None:
-        settings["tokenizer"] = Path(str(settings["tokenizer"])).expanduser()
+    if settings["tokenizer_file"] is not None:
+        settings["tokenizer_file"] = Path(str(settings["tokenizer_file"])).expanduser()
     import_checkpoint(source, target, **settings)
 
 

@@ -163,6 +163,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     }
     if path.suffix == ".safetensors":
         save_file({k: v.contiguous() for k, v in whole.items()}, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # it is made private; results are for everybody
     else:
         torch.save(whole, path)
 

@@ -221,7 +221,7 @@ def test_a_file_says_nothing_of_context_tokenizer_or_tokens(tmp_path, capsys) ->
     assert "no tokenizer was found" in capsys.readouterr().out
     described = tmp_path / "tokenizer.json"
     described.write_text(BytesTokenizer().to_json())
-    more = {"ctx_len": 77, "training_tokens": 332_000_000_000, "tokenizer": str(described)}
+    more = {"ctx_len": 77, "training_tokens": 332_000_000_000, "tokenizer_file": str(described)}
     run_convert(file, tmp_path / "a/b/told", **more)
     run = RunDir(tmp_path / "a/b/told")
     assert run.config.ctx_len == run.manifest["ctx_len"] == 77
@@ -463,8 +463,8 @@ def test_what_cannot_be_converted_is_said(hf, tmp_path) -> None:
         (single.path, tmp_path / "new", {}, "has two layers or more"),
         (wrong, new, {}, r"is no \.pth file"),
         (other, new, {}, "model_type='llama': rwkv and gpt_neox can be read"),
-        (hf, new, {"tokenizer": str(wrong)}, "has 256 ids, the model 90"),
-        (hf, new, {"tokenizer": str(tmp_path / "none.json")}, "there is no tokenizer="),
+        (hf, new, {"tokenizer_file": str(wrong)}, "has 256 ids, the model 90"),
+        (hf, new, {"tokenizer_file": str(tmp_path / "none.json")}, "there is no tokenizer_file="),
         (hf, new, {"ctx_len": 0}, "ctx_len is 0"),
         (hf, new, {"training_tokens": 1.5}, "training_tokens is 1.5"),
         (hf, new, {"dtype": "int8"}, "dtype is 'int8': choose null, float32"),
@@ -516,16 +516,21 @@ def test_the_environment_is_left_as_it_was(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_the_command_line(tmp_path) -> None:
-    run = make_run(tmp_path / "run", make_model("rwkv4"))
-    command = [sys.executable, "-m", "experiments.convert", f"source={run.path}"]
-    target = tmp_path / "it's (new) {1}.pth"
-    for expected in (0, 2):
-        quoted = str(target).replace("'", "\\'")
-        done = subprocess.run(
-            [*command, f"target='{quoted}'"], capture_output=True, text=True, cwd=ROOT
-        )
-        assert done.returncode == expected, done.stderr
+    run = make_run(tmp_path / "run", make_model("rwkv4", vocab=256), BytesTokenizer())
+    target, back = tmp_path / "it's (new) {1}.pth", tmp_path / "a/b/back"
+    quoted = str(target).replace("'", "\\'")
+    out = [f"source={run.path}", f"target='{quoted}'"]
+    tokenizer = f"tokenizer_file={run.path / 'tokenizer.json'}"
+    into = [f"source='{quoted}'", f"target={back}", tokenizer, "ctx_len=9", "dtype=bfloat16"]
+    for arguments, code in ((out, 0), (out, 2), (into, 0)):
+        command = [sys.executable, "-m", "experiments.convert", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
+        if code == 2:
+            assert (
+                done.stderr == f"error: target={target} exists: choose another name, or remove it\n"
+            )
     assert_same_bits(read_checkpoint(target), weights_of(run.path))
-    assert done.stderr.startswith("error: target=")
-    assert done.stderr.count("\n") == 1
+    assert load_model(RunDir(back), "last").ctx_len == 9
+    assert (back / "tokenizer.json").is_file()
