@@ -275,12 +275,13 @@ def _protocols(frame: pd.DataFrame) -> tuple[list[str], str]:
     for key, write in told.items():
         if key not in columns:
             continue
-        texts = columns[key].map(lambda value, write=write: write.format(value))
+        texts = columns[key].map(lambda v, write=write: "" if v == fmt.MISSING else write.format(v))
         if key in PROTOCOL_OF_A_ROW or texts.nunique() > 1:
             own.append(texts)
-        elif columns[key].iloc[0] != fmt.MISSING:
+        elif texts.iloc[0]:
             shared.append(texts.iloc[0])
-    return [", ".join(row) for row in zip(*own, strict=True)], ", ".join(shared)
+    rows = [", ".join(filter(None, row)) for row in zip(*own, strict=True)]
+    return rows, ", ".join(shared)
 
 
 def _documents(row: pd.Series) -> str:

@@ -104,7 +104,7 @@ def _compare(
     if both["metric"].nunique() > 1 or unlike:
         names = ", ".join(c.removeprefix("protocol/") for c in unlike) or "metric"
         raise ValueError(f"scored in different ways ({names})")
-    metric = both["metric"].iloc[0].partition(",")[0]
+    metric = both["metric"].iloc[0].removesuffix(",none")
     docs, ours, weights = _mean_documents(mine, task, metric)
     other_docs, others, other_weights = _mean_documents(theirs, task, metric)
     if len(docs) != len(other_docs) or (docs != other_docs).any():

@@ -31,6 +31,7 @@ HEADLINES = {
 # shares of documents: more is better, and a mean over tasks may be taken
 SHARES = ("acc", "acc_norm", "em", "exact_match")
 LOWER_IS_BETTER = ("perplexity", "byte_perplexity", "word_perplexity", "bits_per_byte")
+ROLLING = "loglikelihood_rolling"
 USUAL = ("acc", "bits_per_byte", "em", "exact_match", "perplexity")
 # what guessing gets, from the number of choices; ARC has a few questions with 3 or 5 of them
 CHANCE = {
@@ -69,7 +70,7 @@ def load_documents(run: Path, task: str) -> pd.DataFrame:
     if not file.is_file():
         raise FileNotFoundError(f"no eval/{file.name}: score it again")
     scored = read_json(run / "eval" / f"{task}.json")
-    made = (scored | scored["protocol"]).get("protocol_hash")
+    made = (scored.get("protocol") or {}).get("protocol_hash")
     try:
         head, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         told = (head["task"], head["protocol_hash"])
@@ -150,6 +151,8 @@ def _task_scores(content: dict[str, Any], task: str) -> list[dict[str, Any]]:
     protocol = content.get("protocol", {})
     n_documents = _n_documents(content, task)
     compared = {key: value for key, value in protocol.items() if key not in NOT_COMPARED}
+    if config.get("output_type", ROLLING) != ROLLING:
+        compared.pop("rolling_ctx", None)  # the window of other tasks; RWKV's and GPT's may differ
     compared |= {
         "version": content.get("versions", {}).get(task),
         "n_shot": content.get("n-shot", {}).get(task),

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 
 from analysis import formats as fmt
 from analysis import style
@@ -50,7 +51,8 @@ def generation_cost(study: Study) -> Table:
         "At a context of that many tokens: prefill reads it, in chunks; decode is one token more. "
         "State: bytes of recurrent state or KV cache, computed; the figure marks the measured peak "
         "too. Its GPT: the nearest in total parameters, within 10 %.",
-        f"Median over repeats and runs, measured with {_protocol(study)}.",
+        f"Median over repeats and runs, measured with {_protocol(study)}. Lengths may exceed the "
+        "context that a GPT was trained at: the cost there is right, its text would not be.",
     ]
     return Table("Generation cost", pd.DataFrame(rows), columns, notes)
 
@@ -61,7 +63,7 @@ def generation(study: Study) -> Plot:
     costs = mean_generation(study)
     costs["decode_ms"] = costs["decode_s"] * 1000
     crossings = _crossings(study, costs)
-    title = f"{family_names(study.runs)}: cost of generating text"
+    title = f"{family_names(costs)}: cost of generating text"
     measured = costs[PEAK].fillna(0) > 0
     about = f"{_protocol(study)} · rings: from there on below its matched GPT"
     about += " · hollow: measured peak" if measured.any() else ""
@@ -80,8 +82,8 @@ def generation(study: Study) -> Plot:
             if key == "state_bytes":
                 peaks = line[measured[line.index]]
                 axes.plot(peaks["n_tokens"], peaks[PEAK], point, mfc="none", mec=color, ms=5)
-            for length in crossings.loc[crossings["model"] == model, crossed or []].to_numpy():
-                _mark(axes, line, key, float(np.squeeze(length)) if crossed else np.nan)
+            for length in crossings.loc[crossings["model"] == model, crossed] if crossed else []:
+                _mark(axes, line, key, length)
         values = shown[key]
         if key == "state_bytes" and measured.any():
             values = pd.concat([values, costs.loc[measured, PEAK]])
@@ -149,7 +151,7 @@ def _crossings(study: Study, costs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "reference", *CROSSED])
 
 
-def _mark(axes: style.Axes, line: pd.DataFrame, key: str, length: float) -> None:
+def _mark(axes: Axes, line: pd.DataFrame, key: str, length: float) -> None:
     """A ring on a model's line, at a length between the first and the last."""
     x = np.log(line["n_tokens"].to_numpy(float))
     if np.isfinite(length) and x[0] < np.log(length) <= x[-1]:

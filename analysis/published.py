@@ -88,9 +88,9 @@ def published_gap(study: Study) -> Table:
     notes = [
         "Gap: ours minus published. s.e. of `ours`: the model was converted, so if it is that "
         "checkpoint both saw the same weights and documents, and our standard error is only a "
-        "yardstick. `both`: two models, errors added in squares as if the documents were not the "
-        "same (they are, so this is cautious); the published one from its accuracy and number of "
-        "documents.",
+        "yardstick; likewise for a perplexity, whose published error is not known. `both`: two "
+        "models; errors added in squares, the published one from its accuracy and number of "
+        "documents, as if the documents were not the same: the true error is usually smaller.",
         "Harness, prompts and prefix of the published scores differ from ours in part: the paper's "
         "author put a newline before each request. Same size: total parameters within 3 %.",
     ]

@@ -90,7 +90,7 @@ def _html(suite: str, study: Any, sections: list[dict[str, Any]], absent: list[s
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     return environment.get_template("report.html.j2").render(
         suite=suite, n_runs=len(study.runs), n_out=len(study.left_out), sections=sections,
-        absent=absent,
+        n_converted=int((study.runs["status"] == "converted").sum()), absent=absent,
     )  # fmt: skip
 
 
