@@ -70,7 +70,8 @@ class Pack:
             for name, task in self.tasks.items():
                 check_name(name)
                 _within(task["source"] or "own.yaml", ".yaml")
-                task["splits"][task["scored"]]
+                self.task_hash(name)
+                _ = task["splits"][task["scored"]], task["official"], task["subset"]
             for entry in files_of(content):
                 self._check_file(entry)
             tokenizer = content["tokenizer"]

@@ -95,6 +95,13 @@ def test_a_changed_index_is_refused(pack: Path) -> None:
             Pack(pack)
 
 
+@pytest.mark.parametrize("key", ["scored", "subset", "splits"])
+def test_an_index_that_lacks_a_part_is_refused(pack: Path, key: str) -> None:
+    rewrite(pack, lambda content: content["tasks"]["copa"].pop(key))
+    with pytest.raises(ValueError, match=r"pack\.json is damaged"):
+        Pack(pack)
+
+
 def test_what_is_no_pack_or_lacks_a_file_is_told(pack: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a task pack"):
         Pack(tmp_path)
