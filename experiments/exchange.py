@@ -162,7 +162,7 @@ def checked_values(weights: dict[str, Tensor], dtype: str | None) -> dict[str, T
     kept = {}
     for name, value in weights.items():
         kept[name] = value if dtype is None else value.to(convert.DTYPES[dtype])
-        # the extremes of a tensor that holds a NaN are NaN; asking each value takes 50 times as long
+        # a NaN anywhere makes the extremes NaN; asking each value takes 50 times as long
         if not all(extreme.isfinite() for extreme in torch.aminmax(kept[name])):
             raise ValueError(f"tensor {name} holds NaN or infinity (as {kept[name].dtype})")
     return kept
