@@ -163,7 +163,7 @@ def _since(row: pd.Series, key: str, last: int) -> str:
     length = row[f"cheaper_{key}"]
     if np.isnan(length):
         return fmt.MISSING
-    return f"not within {last}" if np.isinf(length) else f"from {length:.0f}"
+    return f"not within {last} tokens" if np.isinf(length) else f"from {length:.0f} tokens"
 
 
 def _milliseconds(x: float) -> str:

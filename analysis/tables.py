@@ -176,5 +176,6 @@ def _both(row: pd.Series, key: str, write: Callable[[float], str]) -> str:
 
 
 def _device(row: pd.Series) -> str:
-    threads = f", {row['device/n_threads']:.0f} threads" if row["device/type"] == "cpu" else ""
+    n = row["device/n_threads"]
+    threads = f", {n:.0f} thread{'' if n == 1 else 's'}" if row["device/type"] == "cpu" else ""
     return f"{fmt.text(row['device/name'] or row['device/type'])}{threads}"
