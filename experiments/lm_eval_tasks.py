@@ -5,6 +5,7 @@ is always the installed lm-eval's.
 """
 
 import difflib
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.entry import one_line
 from experiments.pack import Pack
 from experiments.task_files import definition, scored_split, task_config, task_from_rows
+from experiments.task_rows import data_set_names
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -200,6 +202,15 @@ class Tasks:
             for leaf in self.leaves(name):  # lm-eval keeps the code of a task file once imported
                 task_config(self.task_file(leaf)[0])
             return dict(self._manager.load([name]))
+        except OSError:
+            if self.members(name) != [name]:
+                raise
+            config = task_config(self.task_file(name)[0])
+            for other in data_set_names(config.get("dataset_path"))[1:]:
+                with suppress(OSError):  # the cache may have it under another of its names
+                    moved = ConfigurableTask(config={**config, "dataset_path": other})
+                    return {"tasks": {name: moved}, "groups": {}}
+            raise
 
     def pack_hash(self, name: str) -> str | None:
         """Hash of a task's rows and definition in the pack; None where they are not from one."""

@@ -38,11 +38,10 @@ from experiments.task_rows import Source
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from lm_eval.api.task import ConfigurableTask
 
 
-def check_documents(task: "ConfigurableTask", name: str) -> None:
-    """Build every document's requests and answer as the task does.
+def check_documents(task: Any, name: str) -> None:
+    """Build every document's requests and answer as the task (a `ConfigurableTask`) does.
 
     Raises:
         ValueError: with the number of the first document (from 1) that the rows do not allow.
@@ -69,7 +68,7 @@ def _typed(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)[:200]}"
 
 
-def _build(config: dict[str, Any], rows: "dict[str, Dataset]") -> "ConfigurableTask":
+def _build(config: dict[str, Any], rows: "dict[str, Dataset]") -> Any:
     """The task on its rows; where that fails, ValueError with the first row that is to blame."""
     try:
         return task_from_rows(config, rows)

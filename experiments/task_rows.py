@@ -23,6 +23,12 @@ SAME_DATA = (
 )
 
 
+def data_set_names(path: str | None) -> list[str | None]:
+    """A data set's name on the hub, and then the others it has or had."""
+    same = next((names for names in SAME_DATA if path in names), ())
+    return list(dict.fromkeys([path, *same]))
+
+
 class Source:
     """Where rows come from: a folder of jsonl files, or the hub if `folder` is None.
 
@@ -112,9 +118,8 @@ def hub_rows(config: dict[str, Any], splits: list[str]) -> "dict[str, Dataset]":
     if callable(config.get("custom_dataset")):
         found = config["custom_dataset"](**(config.get("metadata") or {}), **kwargs)
         return {split: found[split] for split in splits}
-    same = next((names for names in SAME_DATA if path in names), ())
     reasons = []
-    for name in dict.fromkeys([path, *same]):
+    for name in data_set_names(path):
         try:
             found = datasets.load_dataset(name, name=config.get("dataset_name"), **kwargs)
             return {split: found[split] for split in splits}

@@ -16,11 +16,13 @@ FORBIDDEN = {
 }
 ONLY_IN = {
     "lm_eval": {
-        "experiments/lm_eval_adapter.py",
+        "experiments/bench_evaluate.py",
         "experiments/evaluate.py",
+        "experiments/lm_eval_adapter.py",
+        "experiments/lm_eval_cli.py",
         "experiments/lm_eval_tasks.py",
+        "experiments/scores.py",
         "experiments/task_files.py",
-        "experiments/tasks.py",
     },
 }
 

@@ -197,6 +197,16 @@ def test_a_data_set_that_moved_is_found(tmp_path: Path, monkeypatch, known: str)
     assert (entry["official"], entry["subset"]) == (1838, True)
 
 
+@pytest.mark.parametrize("known", ["baber/piqa", "piqa"])
+def test_a_data_set_that_moved_is_found_without_a_pack(monkeypatch, known: str) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", Hub(known))
+    (piqa,) = Tasks(["piqa"], None, 0).load("piqa", None)["tasks"].values()
+    assert len(piqa.eval_docs) == 5
+    assert piqa.config.dataset_path == known
+    with pytest.raises(ValueError, match="neither cached here nor can they be downloaded"):
+        Tasks(["copa"], None, 0).load("copa", None)
+
+
 def test_the_hubs_whole_split_is_no_subset(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", Hub("baber/piqa"))
     out = tmp_path / "pack"
