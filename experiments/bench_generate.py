@@ -27,6 +27,7 @@ from experiments.bench_measure import (
 )
 from experiments.entry import RunFailed
 from experiments.run_dir import DTYPES, RunDir, find_runs, load_model, write_json
+from experiments.writer import usable_device
 from models.generation import Sampling, prefill, sample
 from models.language_model import LanguageModel, State
 
@@ -54,7 +55,7 @@ def generate(
     A run is not measured again if its file has the same protocol and lengths, unless `force`.
 
     Raises:
-        ValueError: unless exactly one of run and suite is given; for a bad count or dtype.
+        ValueError: unless exactly one of run and suite is given; for a bad count, dtype or device.
         FileNotFoundError: if no run directory is there.
         RunFailed: if measuring the memory was killed; what was measured before is kept.
     """
@@ -65,8 +66,7 @@ def generate(
         raise ValueError(f"max_tokens is {max_tokens}: the first length measured is {FIRST}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable_device(device)
     found = find_runs(run if run is not None else str(Path(runs_root) / str(suite) / "*" / "*"))
     finished = [one for one in found if one.finished]
     marks = lengths(max_tokens)

@@ -33,7 +33,10 @@ def read_prompts(cfg: dict[str, Any]) -> list[str]:
     if file is not None:
         if not Path(file).is_file():
             raise FileNotFoundError(f"there is no prompts_file {file}")
-        given = Path(file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        try:
+            given = Path(file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        except UnicodeDecodeError:
+            raise ValueError(f"prompts_file {file} is not UTF-8 text: convert it") from None
     elif given is None:
         given = []
     prompts = [str(text) for text in (given if isinstance(given, list) else [given])]
@@ -60,8 +63,8 @@ def check(cfg: dict[str, Any]) -> "Sampling":
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    if not isinstance(cfg["seed"], int) or cfg["seed"] < 0:
-        raise ValueError(f"seed must be a whole number of at least 0, got {cfg['seed']!r}")
+    if not isinstance(cfg["seed"], int) or not 0 <= cfg["seed"] < 2**62:
+        raise ValueError(f"seed must be a whole number from 0 to below 2^62, got {cfg['seed']!r}")
     numbers = ("temperature", "top_k", "top_p", "repetition_penalty")
     for name in numbers:
         if isinstance(cfg[name], (str, bool)) or (cfg[name] is None and not name.startswith("top")):
@@ -135,6 +138,8 @@ def generate(cfg: dict[str, Any]) -> None:
 
     if save:
         check_writable(save)
+    stops = [cfg["stop"]] if isinstance(cfg["stop"], str) else cfg["stop"] or []
+    cfg = cfg | {"stop": [str(stop) for stop in stops]}
     if cfg["n_threads"] is not None:
         torch.set_num_threads(cfg["n_threads"])
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]

@@ -12,6 +12,22 @@ from experiments.text_stream import TextStream
 from models.generation import Generation, Past, Sampling, check_prompts, check_room, prefill
 
 
+def usable_device(name: str) -> str:
+    """The device of that name; auto is a GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: if there is none, or it cannot be used.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0][:120]
+        raise ValueError(f"device={name} cannot be used here ({reason}): take cpu") from None
+    return name
+
+
 class Cost:
     """Tokens and seconds of prefill (the prompts, to the first new token) and of decoding."""
 
@@ -45,9 +61,7 @@ class Writer:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: text cannot be turned into tokens")
         self.tokenizer = Tokenizer.from_json(file.read_text(encoding="utf-8"))
-        device = cfg["device"]
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = usable_device(cfg["device"])
         self.model = load_model(run, cfg["checkpoint"], device, cfg["dtype"])
         if self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from experiments import generate as entry_module
 from experiments.config import plain
-from experiments.data.tokenizer import BytesTokenizer, JsonTokenizer, Tokenizer
+from experiments.data.tokenizer import BytesTokenizer, IdsTokenizer, JsonTokenizer, Tokenizer
 from experiments.entry import CONF_DIR
 from experiments.generate import as_typed, generate
 from experiments.run_dir import RunDir, load_model, write_json, write_text
@@ -177,6 +177,8 @@ def test_standard_input_and_a_stop_string(
         ({"chunk_len": 0}, "chunk_len must be"),
         ({"seed": -1}, "seed must be"),
         ({"dtype": "int8"}, "dtype must be one of"),
+        ({"device": "abacus"}, "device=abacus cannot be used here"),
+        ({"device": "meta"}, "device=meta cannot be used here"),
         ({"checkpoint": "best"}, "has no best checkpoint"),
         ({"prompt": ["a", "b"], "state": "s"}, "give one prompt, not 2"),
         ({"state": "nowhere"}, "there is no saved state nowhere"),
@@ -192,6 +194,16 @@ def test_bad_input_is_refused_before_any_text(
         generate(settings(run, prompt="a") | changes)
     assert "\n" not in str(caught.value)
     assert capsys.readouterr().out == ""
+
+
+def test_a_file_that_is_no_text_and_a_run_without_text_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path, RWKV_NET)
+    (tmp_path / "prompts").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        generate(settings(run, prompts_file=str(tmp_path / "prompts")))
+    write_text(run.path / "tokenizer.json", IdsTokenizer(256).to_json())
+    with pytest.raises(ValueError, match="this data came as ids"):
+        generate(settings(run, prompt="a"))
 
 
 def test_past_a_gpts_context_is_refused_before_any_text(
