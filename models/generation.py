@@ -14,6 +14,7 @@ from torch import Tensor
 from models.language_model import LanguageModel, State, select_rows
 
 CHUNK_LEN = 512  # tokens of a prompt in one forward pass
+FEW = 1024  # likeliest ids that mostly hold any top_p
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,13 @@ def sample(
 def _likeliest(p: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """Probabilities (B, V) with 0 outside the top_k likeliest, and outside top_p of those."""
     V = p.shape[-1]
-    top, ids = p.topk(min(top_k or V, V), dim=-1)
+    top, ids = p.topk(min(top_k or FEW, V), dim=-1)
     if top_p is not None:
+        if top_k is None and (top.sum(-1) < top_p).any():
+            top, ids = p.topk(V, dim=-1)  # all, which takes long for a large vocabulary
+        share = top_p if top_k is None else top_p * top.sum(-1, keepdim=True)
         before = top.cumsum(-1) - top  # of likelier ids
-        top = top.masked_fill(before >= top_p * top.sum(-1, keepdim=True), 0)
+        top = top.masked_fill(before >= share, 0)
     return torch.zeros_like(p).scatter_(-1, ids, top)
 
 

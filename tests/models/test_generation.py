@@ -7,6 +7,7 @@ from models.generation import (
     Generation,
     Past,
     Sampling,
+    _likeliest,
     generate,
     pad_left,
     prefill,
@@ -130,6 +131,17 @@ def test_sampling_frequencies() -> None:
     sharper = (p**2) / (p**2).sum()
     torch.testing.assert_close(frequencies(logits, temperature=0.5), sharper, atol=0.015, rtol=0)
     assert frequencies(logits)[1] == 1  # greedy
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.9])
+def test_top_p_of_a_large_vocabulary(top_p: float) -> None:
+    p = torch.rand(2, 5000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    p = p / p.sum(-1, keepdim=True)  # flat: 0.9 takes more than are looked at first
+    kept = _likeliest(p, None, top_p) > 0
+    for row in range(2):
+        ordered, n = p[row].sort(descending=True).values, int(kept[row].sum())
+        assert kept[row].equal(p[row] >= ordered[n - 1])
+        assert ordered[: n - 1].sum() < top_p <= ordered[:n].sum()
 
 
 @pytest.mark.parametrize(
