@@ -43,7 +43,7 @@ def import_checkpoint(
     rescaled: bool | None = None,
     check: bool = True,
 ) -> None:
-    """Make the run directory `target` of a checkpoint from outside; `experiments.convert` has more.
+    """Make the run directory `target` of a checkpoint from outside (keys: conf/convert.yaml).
 
     Raises:
         FileNotFoundError, ValueError: if the source cannot be read or represented, with the reason,
@@ -53,32 +53,20 @@ def import_checkpoint(
     weights, model, net = represent(found, ctx_len, rescaled)
     kept = checked_values(weights, dtype)
     described = find_tokenizer(source, tokenizer_file, model.vocab_size)
-    name = target.resolve().parts[-3:]
-    manifest = {
-        "suite": name[0],
-        "model": name[1],
-        "family": model.family,
-        "name": "/".join(name),
-        "seed": None,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "parameters": count_parameters(model),
-        "n_layer": model.n_layer,
-        "n_embd": model.n_embd,
-        "ctx_len": model.ctx_len,
-        "flops_per_token": model.flops_per_token(model.ctx_len),
-        "converted": {
-            "format": found.kind,
-            "file": source.resolve().name,
-            "sha256": sha256(found.files),
-            "training_tokens": training_tokens,
-        },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    suite, name, _ = parts = target.resolve().parts[-3:]
+    converted = {
+        "format": found.kind,
+        "file": source.resolve().name,
+        "sha256": sha256(found.files),
+        "training_tokens": training_tokens,
     }
+    manifest = {"suite": suite, "model": name, "name": "/".join(parts)}
+    manifest |= describe(model) | {"converted": converted}
     config = {
-        "suite": name[0],
+        "suite": suite,
         "seed": 0,
         "ctx_len": model.ctx_len,
-        "model": {"name": name[1], "net": net},
+        "model": {"name": name, "net": net},
         "paths": {"runs": "runs"},
     }
     with new_target(target, is_file=False) as folder:
@@ -95,6 +83,21 @@ def import_checkpoint(
     print(f"{target}: {summary(model, kept)}")
     if described is None:
         print("no tokenizer was found, so only ids can go in: tokenizer_file=FILE gives one")
+
+
+def describe(model: LanguageModel) -> dict[str, Any]:
+    """What a manifest says of a model that was not trained here."""
+    return {
+        "family": model.family,
+        "seed": None,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "parameters": count_parameters(model),
+        "n_layer": model.n_layer,
+        "n_embd": model.n_embd,
+        "ctx_len": model.ctx_len,
+        "flops_per_token": model.flops_per_token(model.ctx_len),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
 
 
 def represent(
