@@ -53,7 +53,10 @@ def import_checkpoint(
     weights, model, net = represent(found, ctx_len, rescaled)
     kept = checked_values(weights, dtype)
     described = find_tokenizer(source, tokenizer_file, model.vocab_size)
-    suite, name, _ = parts = target.resolve().parts[-3:]
+    parts = target.resolve().parts[-3:]
+    if len(parts) < 3:
+        raise ValueError(f"target={target} must end in SUITE/MODEL/LABEL: a run is named by these")
+    suite, name, _ = parts
     converted = {
         "format": found.kind,
         "file": source.resolve().name,

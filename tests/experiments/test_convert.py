@@ -463,6 +463,7 @@ def test_what_cannot_be_converted_is_said(hf, tmp_path) -> None:
         (gpt.path, tmp_path / "x.safetensors", {}, "is a format of RWKV"),
         (gpt.path, tmp_path / "new", {"ctx_len": 8}, "ctx_len= is for checkpoints from outside"),
         (gpt.path, tmp_path / "new", {"checkpoint": "best"}, "has no best checkpoint"),
+        (hf, Path("/no_such_run"), {}, "must end in SUITE/MODEL/LABEL"),
         (hf, other, {}, "target=.* exists"),
         (tmp_path / "nowhere", new, {}, "there is no source="),
         (single.path, tmp_path / "new", {}, "has two layers or more"),
