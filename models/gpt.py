@@ -16,9 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 from models.language_model import LanguageModel, State, check_n_pad
 from models.ops.linear import Linear
+from models.ops.step import gpt_step, names, step_weights
 
 ROTARY_BASE = 10000.0
 TAIL = 128  # tokens gathered one by one before they join the rest of a cache
+STEP_NAMES = names(
+    "ln1.weight ln1.bias ln2.weight ln2.bias att.qkv.bias att.output.bias ffn.up.bias "
+    "ffn.down.bias",
+    "att.qkv.weight att.output.weight ffn.up.weight ffn.down.weight",
+)
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values of a layer, each (B, H, t, K)
 Cache = list[KeyValue]  # of a layer: nothing, all of it, or all but a tail and that tail
@@ -202,9 +208,13 @@ class GPT(LanguageModel):
                 f"a sequence of {t + T} tokens is longer than this GPT's context of {self.ctx_len}"
             )
         n_pad = None if state is None else state.get("n_pad")
-        rotary, mask = self._positions(ids, t, n_pad)
         x = self.emb(ids).to(self.ln_out.weight.dtype)
         new: State = {} if n_pad is None else {"n_pad": n_pad}
+        if state is not None and T == 1:
+            stepped = self._step(x, t, state)
+            if stepped is not None:
+                return self.ln_out(stepped[0]), new | stepped[1]
+        rotary, mask = self._positions(ids, t, n_pad)
         for l, block in enumerate(self.blocks):
             cache = [] if state is None else layer_cache(state, l)
             if self.grad_checkpoint and self.training:
@@ -214,6 +224,33 @@ class GPT(LanguageModel):
             for part, (k, v) in zip(PARTS, cache, strict=False):  # there may be no tail
                 new[f"{part}k{l}"], new[f"{part}v{l}"] = k, v
         return self.ln_out(x), None if state is None else new
+
+    def _step(self, x: Tensor, t: int, state: State) -> tuple[Tensor, State] | None:
+        """x (B, 1, C), after t others, through all layers by one call, and the cache after.
+
+        None where that cannot be, or not before a full tail has joined the rest.
+        """
+        grown = state["tail_k0" if "tail_k0" in state else "k0"].shape[2]
+        if grown >= TAIL and "tail_k0" in state:
+            return None
+        keys = [f"{name}{l}" for l in range(self.n_layer) for name in "kv"]
+        still: list[Tensor] = []
+        part = ""
+        if grown >= TAIL or "tail_k0" in state:
+            still, part = [state[key] for key in keys], "tail_"
+        if "tail_k0" in state or not still:
+            old = [state[part + key] for key in keys]
+        else:
+            old = [k[:, :, :0] for k in still]
+        weights = step_weights(x, self.blocks, STEP_NAMES, (*still, *old))
+        if weights is None or len({k.shape for k in old}) > 1 or len({k.shape for k in still}) > 1:
+            return None
+        n_pad = state.get("n_pad")
+        position = torch.tensor([t]) if n_pad is None else (t - n_pad).clamp(min=0)
+        angles = rotary_angles(position, self.n_rotary)
+        x, new = gpt_step(x, weights, still, old, angles, n_pad)
+        kept = dict(zip(keys, still, strict=False))
+        return x, kept | {part + key: k for key, k in zip(keys, new, strict=True)}
 
     def _positions(
         self, ids: Tensor, t: int, n_pad: Tensor | None
@@ -235,7 +272,7 @@ class GPT(LanguageModel):
 
     def init_state(self, batch_size: int, n_pad: Tensor | None = None) -> State:
         """The state before any token; the first n_pad[b] positions of row b leave no trace."""
-        weight = self.emb.weight
+        weight = self.ln_out.weight  # of the activations' dtype, whatever matrices are kept in
         empty = weight.new_zeros(batch_size, self.n_head, 0, self.n_embd // self.n_head)
         state = {f"{name}{l}": empty for l in range(self.n_layer) for name in "kv"}
         if n_pad is not None:

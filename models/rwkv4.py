@@ -6,139 +6,29 @@ B batch, T time, C n_embd, F n_ffn, V vocabulary, L layers; l a layer's number, 
 """
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.language_model import LanguageModel, State, check_n_pad
-from models.ops.linear import Linear, linear
+from models.ops.linear import Linear
+from models.ops.shift import gated_linear, shift_linear, squared_relu
+from models.ops.step import Weights, names, rwkv4_step, step_weights
 from models.ops.wkv import can_step, time_mix_step, wkv
 
 EMPTY_EXPONENT = -1e38  # running max exponent of a WKV state that has seen nothing
 PAD_KEY = -1e30  # above EMPTY_EXPONENT, and so far below any key that exp(difference) is 0
+STEP_NAMES = names(
+    "ln1.weight ln1.bias ln2.weight ln2.bias att.time_decay att.time_first att.time_mix_k "
+    "att.time_mix_v att.time_mix_r ffn.time_mix_k ffn.time_mix_r",
+    "att.key.weight att.value.weight att.receptance.weight att.output.weight "
+    "ffn.key.weight ffn.receptance.weight ffn.value.weight",
+)
 
 # Shifted input of the time-mix (B, C), of the channel-mix (B, C), and WKV state (B, 3, C).
 LayerState = tuple[Tensor, Tensor, Tensor]
-
-
-class ShiftLinear(torch.autograd.Function):
-    """Projections of mixes of each token with the one before it: W (m x_t + (1 - m) x_{t-1}).
-
-    Autograd would keep every mix for the gradient of its W; here they are made again from x, which
-    takes one cheap pass each. Its own backward would also touch memory nearly twice as often.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, previous: Tensor, mixes: int, *mixes_and_weights: Tensor
-    ) -> tuple[Tensor, ...]:
-        """x (B, T, C), `previous` (B, C) before its first token; `mixes` times (1, 1, C), then as
-        many weights (out, C) -> that many (B, T, out).
-        """
-        ctx.save_for_backward(x, previous, *mixes_and_weights)
-        ctx.n = mixes
-        before = shifted(x, previous)
-        pairs = zip(mixes_and_weights[:mixes], mixes_and_weights[mixes:], strict=True)
-        out = tuple(linear(torch.lerp(before, x, mix), weight) for mix, weight in pairs)
-        ctx.dtype = out[0].dtype  # autocast's, where it is on
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, of `previous`, of each mix and of each weight."""
-        x, previous, *rest = ctx.saved_tensors
-        mixes, weights = rest[: ctx.n], rest[ctx.n :]
-        before = shifted(x, previous)
-        step = x - before
-        of_mixes, of_weights = [], []
-        of_x, of_both = torch.zeros_like(x), torch.zeros_like(x)
-        for grad, mix, weight in zip(grads, mixes, weights, strict=True):
-            rows = grad.flatten(0, 1).to(ctx.dtype)  # (B T, out)
-            mixed = torch.lerp(before, x, mix).flatten(0, 1).to(ctx.dtype)
-            of_weights.append((rows.T @ mixed).to(weight.dtype))
-            of_mixed = (rows @ weight.to(ctx.dtype)).view_as(x).to(x.dtype)
-            of_mixes.append((of_mixed * step).sum((0, 1), keepdim=True))
-            of_both += of_mixed
-            of_x.addcmul_(of_mixed, mix)
-        of_before = of_both.sub_(of_x)
-        of_x[:, :-1] += of_before[:, 1:]
-        return of_x, of_before[:, 0], None, *of_mixes, *of_weights
-
-
-def shifted(x: Tensor, previous: Tensor) -> Tensor:
-    """x (B, T, C) one step later in time, starting with `previous` (B, C)."""
-    return torch.cat([previous.unsqueeze(1), x[:, :-1]], dim=1)
-
-
-class GatedLinear(torch.autograd.Function):
-    """W (sigmoid(gate) y): keeps gate and y, and makes the gated product again for W's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        """gate and y (B, T, C), weight (out, C) -> (B, T, out)."""
-        ctx.save_for_backward(gate, y, weight)
-        out = linear(torch.sigmoid(gate) * y, weight)
-        ctx.dtype = out.dtype  # autocast's, where it is on
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of gate, y and weight."""
-        gate, y, weight = ctx.saved_tensors
-        opening = torch.sigmoid(gate)
-        rows = grad.flatten(0, 1).to(ctx.dtype)  # (B T, out)
-        gated = (opening * y).flatten(0, 1).to(ctx.dtype)
-        of_weight = (rows.T @ gated).to(weight.dtype)
-        of_gated = (rows @ weight.to(ctx.dtype)).view_as(y)
-        of_gate = of_gated * y * opening * (1 - opening)
-        return of_gate.to(gate.dtype), (of_gated * opening).to(y.dtype), of_weight
-
-
-class SquaredReLU(torch.autograd.Function):
-    """max(x, 0)^2, saving nothing but its result: F is the model's widest, and the next matrix
-    product saves that anyway. The root of a square is right to the last bit or next to it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """x of any shape -> the same shape."""
-        squared = torch.relu(x).square_()
-        ctx.save_for_backward(squared)
-        return squared
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """2 max(x, 0) grad."""
-        (squared,) = ctx.saved_tensors
-        return squared.sqrt().mul_(grad).mul_(2)
-
-
-# What the functions above compute, without the cost of a node of autograd where there is none.
-
-
-def shift_linear(
-    x: Tensor, previous: Tensor, mixes: list[Tensor], weights: list[Tensor]
-) -> tuple[Tensor, ...]:
-    """`ShiftLinear`; of one token without gradients, its mixes in one pass (weights alike)."""
-    previous = previous.to(x.dtype)
-    if torch.is_grad_enabled() or x.shape[1] > 1:
-        return ShiftLinear.apply(x, previous, len(mixes), *mixes, *weights)
-    mixed = torch.lerp(previous.unsqueeze(1), x, torch.stack(mixes))  # (mixes, B, 1, C)
-    return tuple(linear(one, weight) for one, weight in zip(mixed, weights, strict=True))
-
-
-def gated_linear(gate: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """`GatedLinear`."""
-    if torch.is_grad_enabled():
-        return GatedLinear.apply(gate, y, weight)
-    return linear(torch.sigmoid(gate) * y, weight)
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """`SquaredReLU`."""
-    return SquaredReLU.apply(x) if torch.is_grad_enabled() else torch.relu(x).square_()
 
 
 class TimeMix(nn.Module):
@@ -281,6 +171,11 @@ class RWKV4(LanguageModel):
         """Token ids (B, T) -> the last norm's output (B, T, C), and the state if one came in."""
         T = ids.shape[1]
         x = self.emb(ids).to(self.ln_out.weight.dtype)
+        weights = None if state is None else self._step_weights(x, state)
+        if state is not None and weights is not None:
+            first = cast(Block, self.blocks[0])
+            x, new = rwkv4_step(first.ln0(x), state, weights)
+            return self.ln_out(x), new
         pad = None
         if state is not None and "n_pad" in state:
             pad = (torch.arange(T, device=ids.device) < state["n_pad"][:, None]).unsqueeze(-1)
@@ -301,6 +196,17 @@ class RWKV4(LanguageModel):
         if "n_pad" in state:
             new["n_pad"] = (state["n_pad"] - T).clamp(min=0)
         return self.ln_out(x), new
+
+    def _step_weights(self, x: Tensor, state: State) -> list[Weights] | None:
+        """What one call of C++ for all layers needs, or None where it cannot take x (B, T, C)."""
+        B, L, C = len(x), self.n_layer, self.n_embd
+        shift = (B, L, C)
+        shapes = {"att_shift": shift, "ffn_shift": shift, "wkv": (B, L, 3, C)}
+        if {name: value.shape for name, value in state.items()} != shapes:  # or n_pad is there
+            return None
+        if cast(Block, self.blocks[0]).att.wkv_backend not in ("auto", "cpu"):
+            return None
+        return step_weights(x, self.blocks, STEP_NAMES, state.values())
 
     def init_state(self, batch_size: int, n_pad: Tensor | None = None) -> State:
         """The state before any token; the first n_pad[b] positions of row b leave no trace."""

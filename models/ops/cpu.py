@@ -1,4 +1,4 @@
-"""The kernels compiled for a CPU, through ctypes: WKV forward and backward, products of few rows.
+"""The kernels compiled for a CPU, through ctypes: WKV, products of few rows, one token's step.
 
 B batch, T time, C channels.
 """
@@ -18,6 +18,7 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64:
 _FUNCTIONS = {
     "wkv_cpu.cpp": (("wkv_forward", 3, 7), ("wkv_backward", 3, 12)),
     "linear_cpu.cpp": (("linear_rows", 3, 4),),
+    "step_cpu.cpp": (("rwkv4_step", 4, 8), ("gpt_step", 9, 5)),
 }
 
 
@@ -87,6 +88,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         _openmp(),
     )
     return y
+
+
+def step(
+    name: str,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    layers: list[int | None],
+    *arrays: Tensor | None,
+) -> None:
+    """Calls "rwkv4_step" or "gpt_step", matrices of dtype, with the addresses of layers' arrays.
+
+    Everything is contiguous. Raises MemoryError.
+    """
+    pointers = [None if x is None else x.data_ptr() for x in arrays]
+    status = _function("step_cpu.cpp", name)(
+        _DTYPES[dtype],
+        *sizes,
+        (ctypes.c_void_p * len(layers))(*layers),
+        *pointers,
+        torch.get_num_threads(),
+        _openmp(),
+    )
+    if status != 0:
+        raise MemoryError(f"{name} ran out of memory")
 
 
 def forward(

@@ -14,7 +14,7 @@ from models.ops import cpu
 
 MOST_ROWS = 8  # beyond, the library's matrix product is as fast
 FEWEST_WEIGHTS = 2**13  # below, a call of ours costs more than it saves
-_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
+WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -38,9 +38,9 @@ def _few_rows(x: Tensor, weight: Tensor) -> bool:
         x.dtype == torch.float32
         and not torch.is_grad_enabled()
         and 0 < x.numel() <= MOST_ROWS * weight.shape[1]
-        and weight.numel() >= FEWEST_WEIGHTS
+        and (weight.numel() >= FEWEST_WEIGHTS or weight.dtype != x.dtype)
         and x.is_cpu
-        and weight.dtype in _WEIGHTS
+        and weight.dtype in WEIGHTS
         and weight.is_contiguous()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.rwkv4 import RWKV4, GatedLinear, ShiftLinear, SquaredReLU
+from models.ops.shift import GatedLinear, ShiftLinear, SquaredReLU
+from models.rwkv4 import RWKV4
 
 V, L, C = 300, 3, 48
 

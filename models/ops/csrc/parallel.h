@@ -1,8 +1,9 @@
-// Work shared among the threads of a CPU.
+// Work shared among the threads of a CPU: at one go, or in phases.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -47,6 +48,45 @@ bool in_parallel(int64_t n, int64_t n_threads, Fork fork, const Call& call) {
     for (std::thread& other : others) other.join();
   }
   return !job.out_of_memory;
+}
+
+struct Threads {
+  int64_t most;
+  Fork fork;
+};
+
+struct alignas(64) Phase {
+  std::atomic<int64_t> next{0}, done{0};
+};
+
+// One thread of several that go through the same phases.
+class Member {
+ public:
+  explicit Member(Phase* first) : phase_(first) {}
+
+  // call(0) .. call(n - 1), by whoever comes; returns when all are done. What waits is work, not
+  // threads: one that the system holds up catches up later, and nobody stands still for it.
+  template <typename Call>
+  void share(int64_t n, const Call& call) {
+    for (int64_t i; (i = phase_->next++) < n; ++phase_->done) call(i);
+    for (int64_t spins = 0; phase_->done < n; ++spins)
+      if (spins > PATIENCE) std::this_thread::yield();
+    ++phase_;
+  }
+
+ private:
+  static constexpr int64_t PATIENCE = 2000;
+  Phase* phase_;
+};
+
+// Calls work(member) on each thread, of which every one shares the same n_phases phases at most.
+template <typename Work>
+void in_phases(int64_t n_phases, Threads threads, const Work& work) {
+  const std::unique_ptr<Phase[]> phases(new Phase[n_phases]);
+  in_parallel(threads.most, threads.most, threads.fork, [&](int64_t) {
+    Member member(phases.get());
+    work(member);
+  });
 }
 
 }  // namespace parallel
