@@ -21,7 +21,7 @@ from experiments.config import plain
 from experiments.entry import RunFailed, entry, one_line
 from experiments.journal import Journal
 from experiments.lm_eval_tasks import Tasks
-from experiments.run_dir import RunDir, find_runs, load_model
+from experiments.run_dir import RunDir, find_runs, load_model, load_tokenizer
 from experiments.scores import (
     held_out,
     read_scored,
@@ -86,15 +86,11 @@ class Evaluation:
         print(f"error: {what}: {describe(error)}", file=sys.stderr, flush=True)
 
     def _language_model(self, run: RunDir) -> "LanguageModelLM":
-        from experiments.data.tokenizer import Tokenizer
         from experiments.lm_eval_adapter import LanguageModelLM
 
-        file = run.path / "tokenizer.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: text cannot be turned into tokens")
         return LanguageModelLM(
             load_model(run, self.cfg.checkpoint, self.device, self.cfg.dtype),
-            Tokenizer.from_json(file.read_text(encoding="utf-8")),
+            load_tokenizer(run),
             prefix=self.cfg.prefix,
             rolling_ctx=self.cfg.rolling_ctx,
             batch_tokens=self.cfg.batch_tokens,

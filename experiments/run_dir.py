@@ -27,6 +27,7 @@ from experiments.config import (
 )
 
 if TYPE_CHECKING:
+    from experiments.data.tokenizer import Tokenizer
     from models.language_model import LanguageModel
 
 
@@ -255,3 +256,18 @@ def load_model(
             f"{path} does not fit its config: {' '.join(str(error).split())[:300]}"
         ) from None
     return round_matrices(model.float(), getattr(torch, dtype)).to(device).eval()
+
+
+def load_tokenizer(run: RunDir) -> "Tokenizer":
+    """The tokenizer a run was trained with.
+
+    Raises:
+        FileNotFoundError: if the run directory has none.
+        ValueError: if it is damaged.
+    """
+    from experiments.data.tokenizer import Tokenizer
+
+    file = run.path / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: text cannot be turned into tokens")
+    return Tokenizer.from_json(file.read_text(encoding="utf-8"))

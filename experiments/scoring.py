@@ -16,6 +16,7 @@ from experiments.prefix_tree import NOTHING, Segment, Tokens, plan
 from models.generation import pad_left
 from models.language_model import LanguageModel, State, select_rows
 
+SMALL_PASS = 64  # tokens that take about as long as starting a pass
 LOGITS_AT_ONCE = 2**24  # elements of (N, V) held at a time: 64 MiB in float32
 
 Item = TypeVar("Item")
@@ -81,18 +82,18 @@ class Scorer:
             yield from self._descend(batch, state, n_inputs(batch[0]))
 
     def _descend(
-        self, parents: list[Segment], state: State | None, length: int
+        self, parents: list[Segment], state: State | None, n_before: int
     ) -> Iterator[list[Segment]]:
-        """Run what follows the parents, which the rows of `state` have seen, `length` tokens."""
+        """Run what follows the parents, which the rows of `state` have seen: n_before tokens."""
         assert state is not None  # state in, state out
         forks = [(row, child) for row, one in enumerate(parents) for child in one.children]
         ends = [(row, child) for row, child in forks if not child.children]
-        held = length if self._grows else 0  # a forked KV cache holds the parent once more
+        held = n_before if self._grows else 0  # a forked KV cache holds the parent once more
 
-        def cost(fork: tuple[int, Segment]) -> int:
-            return held + n_inputs(fork[1])
+        def length_of(fork: tuple[int, Segment]) -> int:
+            return n_inputs(fork[1])
 
-        for batch in batched(ends, cost, self.batch_tokens):
+        for batch in batched(ends, length_of, self.batch_tokens, held):
             segments = [child for _, child in batch]
             if n_inputs(segments[0]):  # else all of them end where their parent does
                 self._add(segments, self._forked(state, batch))
@@ -102,29 +103,27 @@ class Scorer:
             if fork[1].children:
                 inner.setdefault(n_inputs(fork[1]), []).append(fork)
         for n, alike in inner.items():
-            for batch in batched(alike, cost, self.batch_tokens):
+            for batch in batched(alike, length_of, self.batch_tokens, held):
                 segments = [child for _, child in batch]
                 after = self._add(segments, self._forked(state, batch))
-                yield from self._descend(segments, after, length + n)
+                yield from self._descend(segments, after, n_before + n)
 
     def _forked(self, state: State, forks: list[tuple[int, Segment]]) -> State:
         return select_rows(state, torch.tensor([row for row, _ in forks], device=self.device))
 
     def _root_batches(self, roots: list[Segment]) -> Iterator[list[Segment]]:
-        """Roots to run together: padded within batch_tokens, and within max_ctx to all ends."""
-        batch: list[Segment] = []
+        """Roots to run together: as `batched`, and within max_ctx to all ends once padded."""
         limit = self.model.max_ctx
-        for root in sorted(roots, key=n_inputs, reverse=True):
-            together = [*batch, root]
-            longest = n_inputs(together[0])
-            reach = longest + max(one.reach - n_inputs(one) for one in together)
-            too_long = limit is not None and reach > limit
-            if batch and (too_long or len(together) * longest > self.batch_tokens):
-                yield batch
-                together = [root]
-            batch = together
-        if batch:
-            yield batch
+        for batch in batched(roots, n_inputs, self.batch_tokens):
+            fitting: list[Segment] = []
+            for root in batch:
+                together = [*fitting, root]
+                rest = max(one.reach - n_inputs(one) for one in together)
+                if fitting and limit is not None and n_inputs(together[0]) + rest > limit:
+                    yield fitting
+                    together = [root]
+                fitting = together
+            yield fitting
 
     def _add(
         self, segments: list[Segment], state: State | None, padded: str = "right"
@@ -184,11 +183,25 @@ def n_inputs(segment: Segment) -> int:
     return len(segment.inputs)
 
 
-def batched(items: list[Item], length: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
-    """Items longest first, as many together as stay within `limit` when padded to the longest."""
-    items = sorted(items, key=length, reverse=True)
-    start = 0
-    while start < len(items):
-        n = max(1, limit // max(1, length(items[start])))
-        yield items[start : start + n]
-        start += n
+def batched(
+    items: list[Item], length: Callable[[Item], int], limit: int, held: int = 0
+) -> Iterator[list[Item]]:
+    """Items longest first, as many together as stay within `limit` when padded to the longest.
+
+    Fewer where padding would cost more than another pass. `held` is what each item holds besides.
+    """
+    batch: list[Item] = []
+    longest = real = 0
+    for item in sorted(items, key=length, reverse=True):
+        n = length(item)
+        too_many = (held + longest) * (len(batch) + 1) > limit
+        padding = longest * (len(batch) + 1) - real - n
+        if batch and (too_many or padding > SMALL_PASS + (real + n) // 4):
+            yield batch
+            batch, real = [], 0
+        if not batch:
+            longest = n
+        batch.append(item)
+        real += n
+    if batch:
+        yield batch
