@@ -242,10 +242,17 @@ class GPT(LanguageModel):
             old = [state[part + key] for key in keys]
         else:
             old = [k[:, :, :0] for k in still]
-        weights = step_weights(x, self.blocks, STEP_NAMES, (*still, *old))
-        if weights is None or len({k.shape for k in old}) > 1 or len({k.shape for k in still}) > 1:
-            return None
         n_pad = state.get("n_pad")
+        fits = all(
+            k.shape == (len(x), self.n_head, parts[0].shape[2], self.n_embd // self.n_head)
+            for parts in (still, old)
+            for k in parts
+        )
+        if not fits or (n_pad is not None and n_pad.shape != (len(x),)):
+            return None
+        weights = step_weights(x, self.blocks, STEP_NAMES, (*still, *old))
+        if weights is None:
+            return None
         position = torch.tensor([t]) if n_pad is None else (t - n_pad).clamp(min=0)
         angles = rotary_angles(position, self.n_rotary)
         x, new = gpt_step(x, weights, still, old, angles, n_pad)
