@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.bench_measure import Report, Row, bar, check_counts, interleaved, paired_ratio
 from experiments.bench_train import NAMES, build_model

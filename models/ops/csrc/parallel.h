@@ -55,36 +55,45 @@ struct Threads {
   Fork fork;
 };
 
-struct alignas(64) Phase {
-  std::atomic<int64_t> next{0}, done{0};
+struct alignas(64) Count {
+  std::atomic<int64_t> value{0};
 };
 
 // One thread of several that go through the same phases.
 class Member {
  public:
-  explicit Member(Phase* first) : phase_(first) {}
+  // `counts`: for each phase, one of each thread and one of all.
+  Member(Count* counts, int64_t number, int64_t n_threads)
+      : counts_(counts), number_(number), n_threads_(n_threads) {}
 
-  // call(0) .. call(n - 1), by whoever comes; returns when all are done. What waits is work, not
-  // threads: one that the system holds up catches up later, and nobody stands still for it.
+  // call(0) .. call(n - 1), by whoever comes; returns when all are done. A thread goes through a
+  // share of its own in order, and then helps the others. What waits is work, not threads: one that
+  // the system holds up catches up later, and nobody stands still for it.
   template <typename Call>
   void share(int64_t n, const Call& call) {
-    for (int64_t i; (i = phase_->next++) < n; ++phase_->done) call(i);
-    for (int64_t spins = 0; phase_->done < n; ++spins)
+    std::atomic<int64_t>& done = counts_[n_threads_].value;
+    for (int64_t k = 0; k < n_threads_; ++k) {
+      const int64_t owner = (number_ + k) % n_threads_;
+      const int64_t begin = n * owner / n_threads_, end = n * (owner + 1) / n_threads_;
+      for (int64_t i; (i = begin + counts_[owner].value++) < end; ++done) call(i);
+    }
+    for (int64_t spins = 0; done < n; ++spins)
       if (spins > PATIENCE) std::this_thread::yield();
-    ++phase_;
+    counts_ += n_threads_ + 1;
   }
 
  private:
   static constexpr int64_t PATIENCE = 2000;
-  Phase* phase_;
+  Count* counts_;
+  int64_t number_, n_threads_;
 };
 
-// Calls work(member) on each thread, of which every one shares the same n_phases phases at most.
+// Calls work(member) on each thread; it shares n_phases times at most, on all of them the same.
 template <typename Work>
 void in_phases(int64_t n_phases, Threads threads, const Work& work) {
-  const std::unique_ptr<Phase[]> phases(new Phase[n_phases]);
-  in_parallel(threads.most, threads.most, threads.fork, [&](int64_t) {
-    Member member(phases.get());
+  const std::unique_ptr<Count[]> counts(new Count[n_phases * (threads.most + 1)]);
+  in_parallel(threads.most, threads.most, threads.fork, [&](int64_t number) {
+    Member member(counts.get(), number, threads.most);
     work(member);
   });
 }
