@@ -21,8 +21,16 @@ from experiments.entry import RunFailed
 
 SIZES = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50, "ctx_len": 40}
 TOY = {
-    **{"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50, "prompt_tokens": 5},
-    **{"lengths": [3, 20], "batch_size": 9, "n_tokens": 2, "stream_mb": 1, "repeats": 1},
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "vocab_size": 50,
+    "prompt_tokens": 5,
+    "lengths": [3, 20],
+    "batch_size": 9,
+    "n_tokens": 2,
+    "stream_mb": 1,
+    "repeats": 1,
 }
 
 

@@ -66,6 +66,8 @@ class Member {
   Member(Count* counts, int64_t number, int64_t n_threads)
       : counts_(counts), number_(number), n_threads_(n_threads) {}
 
+  int64_t n_threads() const { return n_threads_; }
+
   // call(0) .. call(n - 1), by whoever comes; returns when all are done. A thread goes through a
   // share of its own in order, and then helps the others. What waits is work, not threads: one that
   // the system holds up catches up later, and nobody stands still for it.

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
 
 #include "parallel.h"
 #include "wkv_scalar.h"
@@ -15,8 +16,10 @@
 namespace rows {
 
 constexpr int64_t LANES = 16;            // floats of a vector: 64 bytes, a line of the cache
+constexpr int64_t LINE = 64;             // bytes
 constexpr int64_t ERRAND = 1 << 18;      // bytes of W that are worth waking a thread
-constexpr int64_t STRETCH = 1 << 15;     // bytes of W that a thread takes at a time
+constexpr int64_t STRETCH = 1 << 18;     // bytes of W that a thread takes at a time
+constexpr int64_t AHEAD = 1 << 11;       // bytes of W that are asked for in advance
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef unsigned Bits __attribute__((vector_size(LANES * 4)));
 typedef unsigned short Halves __attribute__((vector_size(LANES * 2)));
@@ -40,6 +43,39 @@ WKV_FN Floats widen(const wkv::Half* p) {
   return x;
 }
 
+// 2 * LANES of W and of x, in an order that suits W: for bfloat16 the even ones and the odd ones, as
+// a shift and a mask tell them apart.
+struct Two {
+  Floats first, second;
+};
+
+template <typename W>
+WKV_FN Two two(const W* p) {
+  return {widen(p), widen(p + LANES)};
+}
+WKV_FN Two two(const wkv::BFloat16* p) {
+  Bits bits;
+  std::memcpy(&bits, p, sizeof bits);
+  const Bits even = bits << 16, odd = bits & 0xffff0000u;
+  Two out;
+  std::memcpy(&out.first, &even, sizeof even);
+  std::memcpy(&out.second, &odd, sizeof odd);
+  return out;
+}
+
+template <typename W>
+WKV_FN Two inputs_for(const float* x) {
+  const Floats a = widen(x), b = widen(x + LANES);
+  if (!std::is_same<W, wkv::BFloat16>::value) return {a, b};
+#ifdef __clang__
+  return {__builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+          __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
+#else
+  const Bits even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  return {__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, even + 1)};
+#endif
+}
+
 WKV_FN float total(const Floats& x) {
   float part[LANES];
   std::memcpy(part, &x, sizeof part);
@@ -56,37 +92,47 @@ struct Product {
   const float* bias;  // (n_out), or null
   float* y;           // (rows, n_out)
 
-  // Outputs first .. first + OUT - 1 of ROWS rows from `row` on.
+  // OUT outputs, from `first` on and `apart` from each other, of ROWS rows from `row` on.
   template <int OUT, int ROWS>
-  void block(int64_t row, int64_t first) const {
+  void block(int64_t row, int64_t first, int64_t apart) const {
     Floats sums[OUT][ROWS] = {};
     const float* from = x + row * n_in;
     const W* weights = w + first * n_in;
     int64_t i = 0;
-    for (; i + LANES <= n_in; i += LANES) {
-      Floats parts[OUT];
+    for (; i + 2 * LANES <= n_in; i += 2 * LANES) {
+      Two parts[OUT];
       for (int o = 0; o < OUT; ++o) {
-        parts[o] = widen(weights + o * n_in + i);
-        __builtin_prefetch(weights + (o + OUT) * n_in + i, 0, 2);
+        const W* next = weights + o * apart * n_in + i;
+        parts[o] = two(next);
+        for (int64_t line = 0; line < 2 * LANES * int64_t(sizeof(W)); line += LINE)
+          __builtin_prefetch(next + (AHEAD + line) / int64_t(sizeof(W)), 0, 2);
       }
       for (int r = 0; r < ROWS; ++r) {
-        const Floats input = widen(from + r * n_in + i);
-        for (int o = 0; o < OUT; ++o) sums[o][r] += parts[o] * input;
+        const Two input = inputs_for<W>(from + r * n_in + i);
+        for (int o = 0; o < OUT; ++o)
+          sums[o][r] += parts[o].first * input.first + parts[o].second * input.second;
       }
     }
+    for (; i + LANES <= n_in; i += LANES)
+      for (int o = 0; o < OUT; ++o)
+        for (int r = 0; r < ROWS; ++r)
+          sums[o][r] += widen(weights + o * apart * n_in + i) * widen(from + r * n_in + i);
     for (int o = 0; o < OUT; ++o)
       for (int r = 0; r < ROWS; ++r) {
-        float sum = total(sums[o][r]) + (bias ? bias[first + o] : 0.0f);
+        const int64_t output = first + o * apart;
+        float sum = total(sums[o][r]) + (bias ? bias[output] : 0.0f);
         for (int64_t j = i; j < n_in; ++j)
-          sum += wkv::load(weights[o * n_in + j]) * from[r * n_in + j];
-        y[(row + r) * n_out + first + o] = sum;
+          sum += wkv::load(w[output * n_in + j]) * from[r * n_in + j];
+        y[(row + r) * n_out + output] = sum;
       }
   }
 
+  // In OUT streams: memory is fastest where each goes on for long.
   template <int ROWS, int OUT>
   void outputs(int64_t row, int64_t begin, int64_t end) const {
-    for (; begin + OUT <= end; begin += OUT) block<OUT, ROWS>(row, begin);
-    for (; begin < end; ++begin) block<1, ROWS>(row, begin);
+    const int64_t each = (end - begin) / OUT;
+    for (int64_t i = 0; i < each; ++i) block<OUT, ROWS>(row, begin + i, each);
+    for (int64_t o = begin + OUT * each; o < end; ++o) block<1, ROWS>(row, o, 0);
   }
 
   // Outputs begin .. end - 1 of all n rows.
@@ -111,10 +157,12 @@ inline parallel::Threads worthwhile(parallel::Threads threads, int64_t bytes, in
 template <typename W>
 void multiply(int64_t n_rows, std::initializer_list<Product<W>> products,
               parallel::Member& member) {
-  // stretches of a size, and many, so that no thread waits for long
-  const auto outputs = [](const Product<W>& p) {
-    const int64_t line = std::max<int64_t>(1, p.n_in * int64_t(sizeof(W)));
-    return std::max<int64_t>(8, STRETCH / line / 8 * 8);
+  // stretches of a size, as many for each thread, so that none waits for long
+  const int64_t n_threads = member.n_threads();
+  const auto outputs = [&](const Product<W>& p) {
+    const int64_t each = p.n_in * p.n_out * int64_t(sizeof(W)) / n_threads;
+    const int64_t parts = n_threads * (each / STRETCH + 1);
+    return std::max<int64_t>(8, ((p.n_out + parts - 1) / parts + 7) / 8 * 8);
   };
   const auto stretches = [&](const Product<W>& p) {
     return (p.n_out + outputs(p) - 1) / outputs(p);
