@@ -2,7 +2,7 @@
 
     python -m experiments.evaluate suite=demo
     python -m experiments.evaluate run='runs/demo/rwkv4_*/*' tasks=paper12 pack=DIR
-    torchrun --nproc-per-node 2 -m experiments.evaluate suite=demo
+    torchrun --standalone --nproc-per-node 2 -m experiments.evaluate suite=demo
 
 A task that is scored already, for the same weights and the same protocol, is not scored again; one
 that was interrupted goes on. Processes that torchrun starts share the work.

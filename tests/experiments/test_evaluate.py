@@ -15,9 +15,10 @@ from omegaconf import OmegaConf
 from experiments.data.prepare import prepare
 from experiments.data.token_data import TokenData
 from experiments.entry import CONF_DIR
-from experiments.evaluate import Evaluation, result_file, table
+from experiments.evaluate import Evaluation
 from experiments.lm_eval_tasks import Tasks
 from experiments.run_dir import RunDir, load_model, write_json
+from experiments.scores import result_file, table
 from models.rwkv4 import RWKV4
 
 NET = {
@@ -96,7 +97,9 @@ def test_files_hold_lm_evals_keys_and_the_protocol(run: RunDir) -> None:
     assert set(contents) == {"cloze", "bits_per_byte"}
     assert {file.name for file in (run.path / "eval").iterdir()} == {
         "cloze.json",
+        "cloze.documents.jsonl",
         "bits_per_byte.json",
+        "bits_per_byte.documents.jsonl",
     }
     stored = json.loads((run.path / "eval" / "cloze.json").read_text())
     assert stored == contents["cloze"]
