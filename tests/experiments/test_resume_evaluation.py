@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from experiments import ranks
 from experiments.entry import CONF_DIR
 from experiments.evaluate import Evaluation
+from experiments.pack import Pack
 from experiments.run_dir import RunDir, load_model, load_tokenizer, write_json
 from models.gpt import GPT
 
@@ -72,7 +73,7 @@ def test_each_document_has_its_own_scores(run: RunDir, paper_pack: Path) -> None
         assert all(set(row) == {"doc", "acc", second} for row in rows)
         mean = sum(row["acc"] for row in rows) / len(rows)
         assert mean == pytest.approx(scored[task]["results"][task]["acc,none"])
-        assert protocol["subset"] is True  # the pack knows of the official split
+        assert protocol["subset"] is Pack(paper_pack).tasks[task]["subset"]
         assert len(protocol["documents"]) == len(protocol["pack"]) == 16
     limited = evaluation(paper_pack, "tasks.limit=2").score(run)["piqa"]["protocol"]
     assert (limited["n_documents"], limited["subset"]) == (2, True)
