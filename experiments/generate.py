@@ -67,8 +67,10 @@ def check(cfg: dict[str, Any]) -> "Sampling":
         raise ValueError(f"seed must be a whole number from 0 to below 2^62, got {cfg['seed']!r}")
     numbers = ("temperature", "top_k", "top_p", "repetition_penalty")
     for name in numbers:
-        if isinstance(cfg[name], (str, bool)) or (cfg[name] is None and not name.startswith("top")):
-            raise ValueError(f"{name} must be a number, got {cfg[name]!r}")
+        value = cfg[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number and not (value is None and name.startswith("top")):
+            raise ValueError(f"{name} must be a number, got {value!r}")
     return Sampling(**{name: cfg[name] for name in numbers})
 
 
@@ -124,6 +126,10 @@ def generate(cfg: dict[str, Any]) -> None:
         raise ValueError("say which run is to write: run=DIR, a run directory")
     sampling = check(cfg)
     texts = read_prompts(cfg)
+    stop = cfg["stop"]
+    stops = [str(one) for one in ([stop] if isinstance(stop, str) else stop or [])]
+    if "" in stops:
+        raise ValueError("stop is empty: give the text to stop before, or leave it out")
     state, save = (Path(cfg[key]) if cfg[key] else None for key in ("state", "save_state"))
     if (state or save) and len(texts) > 1:
         raise ValueError(f"a state is that of one text: give one prompt, not {len(texts)}")
@@ -138,8 +144,7 @@ def generate(cfg: dict[str, Any]) -> None:
 
     if save:
         check_writable(save)
-    stops = [cfg["stop"]] if isinstance(cfg["stop"], str) else cfg["stop"] or []
-    cfg = cfg | {"stop": [str(stop) for stop in stops]}
+    cfg = cfg | {"stop": stops}
     if cfg["n_threads"] is not None:
         torch.set_num_threads(cfg["n_threads"])
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]

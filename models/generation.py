@@ -37,7 +37,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be a number from 0 on, got {self.temperature}")
-        if self.top_k is not None and (self.top_k < 1 or self.top_k != int(self.top_k)):
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
             raise ValueError(f"top_k must be a whole number of at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
@@ -72,7 +72,8 @@ def sample(
         logits = torch.where(seen, penalised, logits)
     if how.temperature == 0:
         return logits.argmax(-1)
-    p = (logits.double() / how.temperature).softmax(-1)
+    logits = logits.double()  # at most 0 before they are divided: no temperature overflows
+    p = ((logits - logits.amax(-1, keepdim=True)) / how.temperature).softmax(-1)
     if how.top_k is not None or (how.top_p is not None and how.top_p < 1):
         p = _likeliest(p, how.top_k, how.top_p)
     bounds = p.cumsum(-1)

@@ -163,7 +163,10 @@ def test_standard_input_and_a_stop_string(
         ({"prompt": None, "prompts_file": "nowhere"}, "there is no prompts_file nowhere"),
         ({"temperature": -1}, "temperature must be a number from 0 on, got -1"),
         ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"temperature": [1]}, r"temperature must be a number, got \[1\]"),
         ({"top_k": 0}, "top_k must be a whole number"),
+        ({"top_k": [5]}, r"top_k must be a number, got \[5\]"),
+        ({"stop": ["a", ""]}, "stop is empty"),
         ({"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
         ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
         ({"max_tokens": -1}, "max_tokens must be a whole number of at least 0, got -1"),
@@ -263,7 +266,9 @@ def test_a_damaged_state_is_refused_and_nothing_overwritten(run: RunDir, tmp_pat
     whole = file.read_bytes()
     flipped = bytearray(whole)
     flipped[-20] ^= 1
-    for content in (whole[:-5], whole[:20], b"", b"no state at all", bytes(flipped)):
+    read = whole.replace(b'"n_read":"4"', b'"n_read":"3"')
+    assert read != whole
+    for content in (whole[:-5], whole[:20], b"", b"no state at all", bytes(flipped), read):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"damaged|no saved state") as caught:
             load_state(file, model)

@@ -130,6 +130,8 @@ def test_sampling_frequencies() -> None:
         torch.testing.assert_close(drawn, q, atol=0.015, rtol=0)
     sharper = (p**2) / (p**2).sum()
     torch.testing.assert_close(frequencies(logits, temperature=0.5), sharper, atol=0.015, rtol=0)
+    certain = torch.eye(4)[int(torch.tensor(logits).argmax())]
+    assert torch.equal(frequencies(logits, temperature=1e-310), certain)
     assert frequencies(logits)[1] == 1  # greedy
 
 
@@ -152,6 +154,8 @@ def test_top_p_of_a_large_vocabulary(top_p: float) -> None:
         ({"temperature": float("inf")}, "temperature must be"),
         ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
         ({"top_k": 2.5}, "top_k must be"),
+        ({"top_k": 5.0}, "top_k must be"),
+        ({"top_k": float("inf")}, "top_k must be"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.5}, "top_p must be"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
