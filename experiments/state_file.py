@@ -1,6 +1,6 @@
 """States on disk: one row of a model's state, with the ids it belongs to, as safetensors.
 
-Metadata says whose state it is; `sha256` is over all tensors, so that damage is noticed.
+Metadata says whose state it is; `sha256` is over all the rest, so that damage is noticed.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ def save_state(path: Path, past: Past, unread: list[int], model: "LanguageModel"
     tensors = {f"state.{name}": value.cpu().clone() for name, value in past.state.items()}
     tensors[IDS] = torch.tensor(ids + unread, dtype=torch.int64)
     metadata = {"format": FORMAT, **identity(model), "n_read": str(len(ids))}
-    metadata["sha256"] = digest(tensors)
+    metadata["sha256"] = digest(tensors, metadata["n_read"])
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
@@ -59,7 +59,7 @@ def load_state(path: Path, model: "LanguageModel") -> tuple[Past, list[int]]:
                 f"{path} is the state of another model: its {name} is {metadata.get(name)}, this "
                 f"model's {mine} (weights differ by checkpoint and by dtype too)"
             )
-    if metadata.get("sha256") != digest(tensors):
+    if IDS not in tensors or metadata.get("sha256") != digest(tensors, metadata.get("n_read")):
         raise ValueError(f"{path} is damaged: its content is not what was saved; make it again")
     ids, n_read = tensors.pop(IDS).tolist(), int(metadata["n_read"])
     state = {name.removeprefix("state."): value.to(device) for name, value in tensors.items()}
@@ -85,11 +85,11 @@ def identity(model: "LanguageModel") -> dict[str, str]:
     return {"family": model.family, **sizes, "weights": weights_hash(model)}
 
 
-def digest(tensors: "dict[str, Tensor]") -> str:
-    """Hex SHA-256 of names, types, shapes and values."""
+def digest(tensors: "dict[str, Tensor]", n_read: str | None) -> str:
+    """Hex SHA-256 of names, types, shapes and values, and of how many ids were read."""
     import torch
 
-    total = hashlib.sha256()
+    total = hashlib.sha256(f"{n_read};".encode())
     for name, value in sorted(tensors.items()):
         total.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
         total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from experiments.data.tokenizer import Tokenizer
-from experiments.run_dir import RunDir, load_model
+from experiments.run_dir import RunDir, load_model, load_tokenizer
 from experiments.text_stream import TextStream
 from models.generation import Generation, Past, Sampling, check_prompts, check_room, prefill
 
@@ -57,16 +56,13 @@ class Writer:
     """
 
     def __init__(self, run: RunDir, cfg: dict[str, Any], sampling: Sampling) -> None:
-        file = run.path / "tokenizer.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: text cannot be turned into tokens")
-        self.tokenizer = Tokenizer.from_json(file.read_text(encoding="utf-8"))
+        self.tokenizer = load_tokenizer(run)
         device = usable_device(cfg["device"])
         self.model = load_model(run, cfg["checkpoint"], device, cfg["dtype"])
         if self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
-                f"{file} makes {self.tokenizer.vocab_size} ids but the model knows "
-                f"{self.model.vocab_size}: it is not the tokenizer the model was trained with"
+                f"{run.path / 'tokenizer.json'} makes {self.tokenizer.vocab_size} ids but the "
+                f"model knows {self.model.vocab_size}: it is not the tokenizer the model was trained with"
             )
         self.cfg = cfg
         self.sampling = sampling
