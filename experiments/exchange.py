@@ -130,8 +130,13 @@ def represent(
     names = convert.match(shapes, model, kind)
     ours = model.state_dict()
     weights = {name: tensors[theirs].reshape(ours[name].shape) for name, theirs in names.items()}
-    if kind == "hf_rwkv":
-        weights = whole(weights, rescale.halving_period(source.config), rescaled)
+    every = rescale.halving_period(source.config) if kind == "hf_rwkv" else 0
+    if every > 0:
+        weights = whole(weights, every, rescaled)
+    elif rescaled is not None:
+        raise ValueError(
+            f"rescaled= is for a Hugging Face RWKV with rescale_every above 0: {kind} here has none"
+        )
     cls = convert.FAMILIES[kind]
     return weights, model, {"_target_": f"{cls.__module__}.{cls.__name__}", **sizes, **settings}
 

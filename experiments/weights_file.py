@@ -61,6 +61,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         raise ValueError(f"{path} is not a plain dictionary of tensors")
+    for name, value in state.items():
+        if value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{path} holds {name} sparse or without values: save it dense")
     return {name: value.detach() for name, value in state.items()}
 
 

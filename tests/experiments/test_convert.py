@@ -381,6 +381,10 @@ def spoilt(state: dict[str, Tensor], how: str) -> dict[str, Any]:
         state["head.weight"][3, 1] = -torch.inf
     elif how == "integers":
         state["head.weight"] = state["head.weight"].long()
+    elif how == "sparse":
+        state["head.weight"] = state["head.weight"].to_sparse()
+    elif how == "no values":
+        state["head.weight"] = state["head.weight"].to("meta")
     elif how == "nested":
         return {"model": state}
     return state
@@ -395,6 +399,8 @@ def spoilt(state: dict[str, Tensor], how: str) -> dict[str, Any]:
         ("nan", r"tensor blocks\.0\.att\.value\.weight holds NaN"),
         ("inf", r"tensor head\.weight holds NaN or infinity"),
         ("integers", r"torch\.int64 cannot be used"),
+        ("sparse", r"holds head\.weight sparse or without values"),
+        ("no values", r"holds head\.weight sparse or without values"),
         ("nested", "is not a plain dictionary of tensors"),
         ("code", r"wants to run code \((posix|nt)\.mkdir\)"),
         ("truncated", "is damaged"),
@@ -410,7 +416,7 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(
     state = RWKV4(20, 1, 8, 8).state_dict()
     file = tmp_path / f"bad{suffix}"
     bad: Any = {"emb.weight": Evil()} if how == "code" else spoilt(state, how)
-    if suffix == ".safetensors" and how in ("nested", "code"):
+    if suffix == ".safetensors" and how in ("sparse", "no values", "nested", "code"):
         pytest.skip("a safetensors file cannot hold it")
     if suffix == ".safetensors":
         message = message.replace("is damaged", "is not a readable safetensors file")
@@ -457,6 +463,8 @@ def test_what_cannot_be_converted_is_said(hf, tmp_path) -> None:
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "llama"}')
     new = tmp_path / "a/b/c"
+    pth = tmp_path / "plain.pth"
+    torch.save(RWKV4(20, 2, 8, 8).state_dict(), pth)
     cases: list[tuple[Path, Path, dict[str, Any], str]] = [
         (hf, tmp_path / "x.pth", {}, "convert it to a run directory first"),
         (gpt.path, tmp_path / "x.pth", {}, "is a format of RWKV"),
@@ -475,6 +483,8 @@ def test_what_cannot_be_converted_is_said(hf, tmp_path) -> None:
         (hf, new, {"training_tokens": 1.5}, "training_tokens is 1.5"),
         (hf, new, {"dtype": "int8"}, "dtype is 'int8': choose null, float32"),
         (hf, new, {"rescaled": "maybe"}, "rescaled is 'maybe': choose null, true, false"),
+        (hf, new, {"rescaled": True}, "rescaled= is for .* has none"),
+        (pth, new, {"rescaled": False}, "rescaled= is for .* has none"),
     ]
     for source, target, settings, message in cases:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
