@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -70,9 +71,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 def load_pickle(path: Path) -> Any:
     """What torch.save wrote, weights only, its tensors memory-mapped where the file allows it."""
     try:
-        return torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        with warnings.catch_warnings(action="ignore"):  # of pickles that are refused all the same
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except FileNotFoundError:
         raise
     except Exception as error:  # damaged files raise all kinds

@@ -62,7 +62,8 @@ class Writer:
         if self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"{run.path / 'tokenizer.json'} makes {self.tokenizer.vocab_size} ids but the "
-                f"model knows {self.model.vocab_size}: it is not the tokenizer the model was trained with"
+                f"model knows {self.model.vocab_size}: it is not the tokenizer the model was "
+                "trained with"
             )
         self.cfg = cfg
         self.sampling = sampling

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import pickle
 import random
 import shutil
 import subprocess
@@ -433,8 +434,13 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(
     assert os.listdir(tmp_path) == [file.name]
 
 
-def test_older_pickles_that_want_code_are_refused_too(tmp_path, monkeypatch) -> None:
+def test_older_pickles_that_want_code_are_refused_too(tmp_path, monkeypatch, recwarn) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Evil(), protocol=4))
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        run_convert(tmp_path / "raw.pth", tmp_path / "a/b/c")
+    assert not recwarn.list  # the error is all that is said
+    (tmp_path / "raw.pth").unlink()
     file = tmp_path / "old.pth"
     torch.save({"a": Evil()}, file, _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match="wants to run code"):
