@@ -67,6 +67,7 @@ class Pack:
             self.tasks: dict[str, dict[str, Any]] = content["tasks"]
             self.groups: dict[str, list[str]] = content["groups"]
             self.lm_eval = str(content["lm_eval"])
+            _ = [self.tasks[leaf] for leaves in self.groups.values() for leaf in leaves]
             for name, task in self.tasks.items():
                 check_name(name)
                 _within(task["source"] or "own.yaml", ".yaml")
@@ -76,7 +77,10 @@ class Pack:
                 self._check_file(entry)
             tokenizer = content["tokenizer"]
             self.tokenizer = self.path / tokenizer["file"] if tokenizer else None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        except (
+            json.JSONDecodeError, UnicodeDecodeError, RecursionError,
+            KeyError, TypeError, AttributeError,
+        ):  # fmt: skip
             raise ValueError(f"{index} is damaged: copy the pack again, or make it again") from None
 
     def _check_file(self, entry: dict[str, Any]) -> None:

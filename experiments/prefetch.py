@@ -178,7 +178,8 @@ def make_pack(
 def check_out(out: Path, force: bool) -> None:
     """Raise ValueError if a folder is there that may not be replaced."""
     parts = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if out.exists() and (not out.is_dir() or parts - {"pack.json", "tasks", "data", "tokenizer"}):
+    pack = {"pack.json", "tasks", "data", "tokenizer"}
+    if out.exists() and (not out.is_dir() or parts - pack or (parts and "pack.json" not in parts)):
         raise ValueError(f"out={out} is there and holds other things than a pack: name another")
     if parts and not force:
         raise ValueError(f"out={out} holds a pack: force=true replaces it")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,13 +85,13 @@ def read_jsonl(file: Path) -> "Dataset":
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as stream:
             lines = stream.read().split("\n")  # other marks of line ends may stand in a text
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{file} is damaged: {one_line(error)}") from None
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number} of {file} is not JSON: {one_line(error)}") from None
         if row is None:
             continue
@@ -101,8 +102,10 @@ def read_jsonl(file: Path) -> "Dataset":
         raise ValueError(f"{file} holds no rows")
     try:
         return Dataset.from_list(rows)
-    except (pa.ArrowException, TypeError) as error:
-        raise ValueError(f"a field of {file} has values of several types: {error}") from None
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"a field of {file} has values of several types, or too large a number: {error}"
+        ) from None
 
 
 def hub_rows(config: dict[str, Any], splits: list[str]) -> "dict[str, Dataset]":

@@ -89,7 +89,8 @@ def test_a_changed_index_is_refused(pack: Path) -> None:
     index.write_text(text.replace('"official": 1838', '"official": 6'))
     with pytest.raises(ValueError, match=r"pack\.json is damaged: its hash is off"):
         Pack(pack)
-    for broken in (text[:-40], "[]", "{}", '{"format": 1, "hash": "x"}', "\udcff"):
+    broken_ones = ("[]", "{}", '{"format": 1, "hash": "x"}', "\udcff", "[" * 100_000)
+    for broken in (text[:-40], *broken_ones):
         index.write_text(broken, errors="surrogateescape")
         with pytest.raises(ValueError, match=r"pack\.json is damaged"):
             Pack(pack)
@@ -98,6 +99,13 @@ def test_a_changed_index_is_refused(pack: Path) -> None:
 @pytest.mark.parametrize("key", ["scored", "subset", "splits"])
 def test_an_index_that_lacks_a_part_is_refused(pack: Path, key: str) -> None:
     rewrite(pack, lambda content: content["tasks"]["copa"].pop(key))
+    with pytest.raises(ValueError, match=r"pack\.json is damaged"):
+        Pack(pack)
+
+
+@pytest.mark.parametrize("groups", [[], {"pair": 5}, {"pair": [["copa"]]}, {"pair": ["coppa"]}])
+def test_groups_of_what_is_not_there_are_refused(pack: Path, groups: Any) -> None:
+    rewrite(pack, lambda content: content.update(groups=groups))
     with pytest.raises(ValueError, match=r"pack\.json is damaged"):
         Pack(pack)
 

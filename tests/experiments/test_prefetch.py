@@ -81,6 +81,12 @@ def test_the_command_makes_and_replaces_a_pack(
     assert run_main(monkeypatch, *command, "force=true", "tasks.tasks=[piqa,arc_easy]") == 0
     assert Pack(out).hash == before  # same rows, same pack
 
+    mine = tmp_path / "mine" / "data"
+    mine.mkdir(parents=True)
+    assert run_main(monkeypatch, *command[1:], f"out={mine.parent}", "force=true") == 2
+    assert "holds other things than a pack" in capsys.readouterr().err
+    assert mine.is_dir()
+
     (out / "mine.txt").write_text("x")
     assert run_main(monkeypatch, *command, "force=true") == 2
     assert "holds other things than a pack" in capsys.readouterr().err
@@ -164,6 +170,17 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
     packed.write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-9])
     with pytest.raises(ValueError, match=r"rows\.jsonl\.gz is damaged"):
         read_jsonl(packed)
+    turned = bytearray(gzip.compress(b'{"a": 1}\n' * 1000))
+    turned[20] ^= 255
+    packed.write_bytes(turned)
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz is damaged"):
+        read_jsonl(packed)
+    file.write_text('{"a": 1}\n{"a": 123456789012345678901234567890}\n')
+    with pytest.raises(ValueError, match="too large a number"):
+        read_jsonl(file)
+    file.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"line 1 of .*rows\.jsonl is not JSON"):
+        read_jsonl(file)
     file.write_text('{"a": "one\u2028line"}\n\n{"a": "x"}')
     assert read_jsonl(file)["a"] == ["one\u2028line", "x"]
 
