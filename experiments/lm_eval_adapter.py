@@ -5,6 +5,7 @@ the arithmetic is in `scoring.py` and `models/generation.py`.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -78,6 +79,7 @@ class LanguageModelLM(TemplateLM):
         """What of this adapter decides the scores, for the record beside them."""
         return {
             "prefix": self.prefix,
+            "tokenizer": self.codec.hash[:16],
             "dtype": str(self.model.head.weight.dtype).removeprefix("torch."),
             "device": self.device.type,
             "max_ctx": self.model.max_ctx,
@@ -144,16 +146,21 @@ class LanguageModelLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations as text, cut before the first stop string; greedy unless told to sample.
 
-        A sampled text depends on the seed, its prompt and its options alone.
+        A sampled text depends on the seed, its prompt, its options and how many equal requests came
+        before it (lm-eval's `repeats`) alone.
 
         Raises:
             ValueError: for an option it does not know, or more tokens than the context holds.
         """
         parsed = [GenerationOptions.parse(request.args[1]) for request in requests]
-        prompts = [
-            (tuple(self._prompt(request.args[0], options)), options)
-            for request, options in zip(requests, parsed, strict=True)
-        ]
+        seen: Counter[tuple[Tokens, GenerationOptions]] = Counter()
+        prompts: list[Prompt] = []
+        for request, options in zip(requests, parsed, strict=True):
+            prompt = tuple(self._prompt(request.args[0], options))
+            if not prompt:
+                raise ValueError(f"an empty prompt and prefix={self.prefix}: nothing to start from")
+            prompts.append((prompt, options, seen[prompt, options]))
+            seen[prompt, options] += options.temperature > 0  # greedy texts are all the same
         texts = self._answers(
             prompts, lambda one: len(one[0]), self._generate_all, "generating", disable_tqdm
         )
@@ -209,11 +216,9 @@ class LanguageModelLM(TemplateLM):
             self.journal.answers |= part
         return [self.journal.answers[key] for key in keys]
 
-    def _generate_all(
-        self, requests: "list[tuple[Tokens, GenerationOptions]]", finished: Finished
-    ) -> None:
+    def _generate_all(self, requests: "list[Prompt]", finished: Finished) -> None:
         alike: dict[GenerationOptions, list[int]] = {}
-        for place, (_, options) in enumerate(requests):
+        for place, (_, options, _) in enumerate(requests):
             alike.setdefault(options, []).append(place)
         for options, places in alike.items():
 
@@ -221,24 +226,26 @@ class LanguageModelLM(TemplateLM):
                 return len(requests[place][0]) + options.max_tokens
 
             for batch in batched(places, cost, self.scorer.batch_tokens):
-                texts = self._generate([list(requests[place][0]) for place in batch], options)
+                texts = self._generate([requests[place] for place in batch], options)
                 finished(dict(zip(batch, texts, strict=True)))
 
-    def _generate(self, prompts: list[list[int]], options: "GenerationOptions") -> list[str]:
-        streams = [TextStream(self.codec, options.until) for _ in prompts]
-        texts = [""] * len(prompts)
+    def _generate(self, requests: "list[Prompt]", options: "GenerationOptions") -> list[str]:
+        streams = [TextStream(self.codec, options.until) for _ in requests]
+        texts = [""] * len(requests)
 
         def stopped(row: int, new: list[int]) -> bool:
             texts[row] += streams[row].push(new[-1])
             return streams[row].stopped
 
         generators = [
-            torch.Generator(self.device).manual_seed(int(request_key(self.seed, prompt)[:12], 16))
-            for prompt in prompts
+            torch.Generator(self.device).manual_seed(
+                int(request_key(self.seed, prompt, number)[:12], 16)
+            )
+            for prompt, _, number in requests
         ]
         generate(
             self.model,
-            prompts,
+            [list(prompt) for prompt, *_ in requests],
             options.max_tokens,
             temperature=options.temperature,
             top_k=options.top_k,
@@ -329,6 +336,9 @@ class GenerationOptions(NamedTuple):
             top_k=top_k,
             top_p=top_p,
         )
+
+
+Prompt = tuple[Tokens, GenerationOptions, int]  # the number counts equal requests before it
 
 
 def prefix_token(tokenizer: Tokenizer, prefix: str) -> int | None:

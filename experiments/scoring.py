@@ -54,6 +54,8 @@ class Scorer:
 
         Contexts and answers hold at least one token each, and together at most max_ctx + 1;
         equal requests are run once. `finished` gets requests, by their place, as they are done.
+
+        Raises ValueError where the logits are not finite, as after an overflow in float16.
         """
         places, roots = plan(requests)
         self._scores = torch.zeros(len(places), dtype=torch.float64)
@@ -162,6 +164,8 @@ class Scorer:
         wanted = wanted.to(self.device)
         logits = self.model.head(x).float()  # (N, V)
         logp = logits.gather(-1, wanted[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        if not logp.isfinite().all():
+            raise ValueError("the model's logits are not finite: try dtype=float32, check weights")
         return (logits.argmax(-1) == wanted).cpu(), logp.cpu().double()
 
     def _chunks(

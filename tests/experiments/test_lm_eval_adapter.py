@@ -347,6 +347,28 @@ def test_sampling_is_asked_for_and_repeatable(build) -> None:
     assert draws[0] == draws[1] != draws[2]
 
 
+def test_a_prompt_that_is_asked_for_several_times_is_sampled_several_times() -> None:
+    class Dice(Alphabet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head.weight.data.zero_()  # every byte is as likely
+
+    sampled = {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}
+    greedy = {"until": [], "max_gen_toks": 6}
+    asked = requests("generate_until", [("a", sampled)] * 4 + [("a", greedy)] * 2)
+    texts = LanguageModelLM(Dice().eval(), BytesTokenizer()).generate_until(asked)
+    assert len(set(texts[:4])) == 4
+    assert texts[4] == texts[5]
+    again = LanguageModelLM(Dice().eval(), BytesTokenizer(), batch_tokens=1)
+    assert again.generate_until(asked) == texts
+
+
+def test_nothing_to_start_from_is_refused() -> None:
+    lm = LanguageModelLM(Alphabet().eval(), BytesTokenizer(), prefix="none")
+    with pytest.raises(ValueError, match="an empty prompt and prefix=none"):
+        lm.generate_until(requests("generate_until", [("", {"until": ["x"]})]))
+
+
 def build_seeded(build) -> LanguageModel:
     torch.manual_seed(0)
     return build()

@@ -72,6 +72,13 @@ def test_scores_are_those_of_each_request_alone(family: str, batch_tokens: int) 
         assert greedy == want_greedy
 
 
+def test_logits_that_are_no_numbers_are_no_score() -> None:
+    model = build("rwkv4")
+    model.head.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match=r"logits are not finite: try dtype=float32"):
+        Scorer(model).score([((1, 2), (4,))])
+
+
 def test_finished_answers_are_final() -> None:
     pairs = exam(1)
     seen: dict[int, tuple[float, bool]] = {}
