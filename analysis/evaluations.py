@@ -17,9 +17,10 @@ from analysis.runs import ABOUT, BROKEN, each_run, one_line, read_json
 COSTS = ["n_tokens", "prefill_s", "decode_s", "state_bytes"]
 PEAK = "peak_mem_bytes"
 GENERATION_PROTOCOL = ["batch_size", "n_threads", "device", "dtype", "chunk_len"]
-# of a score's protocol, what may differ between scores in one table: the weights and the longest
+# of a score's protocol, what may differ between scores in one table: weights, tokenizer and longest
 # context are the model's own, the device only rounds, the rest is counted or timed
-NOT_COMPARED = {"weights", "max_ctx", "device", "n_truncated", "time_s", "protocol_hash"}
+MODELS_OWN = {"weights", "tokenizer", "max_ctx"}
+NOT_COMPARED = MODELS_OWN | {"device", "n_truncated", "time_s", "protocol_hash"}
 # the metric that stands for a task: the paper's tables use these, plain accuracy for the others
 HEADLINES = {
     "arc_challenge": "acc_norm",

@@ -47,14 +47,23 @@ class Evaluation:
         wanted = plain(cfg.tasks)
         self.limit, self.num_fewshot = wanted["limit"], wanted["num_fewshot"]
         self.gen_kwargs, self.bootstrap_iters = wanted["gen_kwargs"], wanted["bootstrap_iters"]
-        if self.limit is not None and self.limit <= 0:
-            raise ValueError(f"tasks.limit must be positive or null, got {self.limit}")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ValueError(f"tasks.num_fewshot must be at least 0, got {self.num_fewshot}")
+        if not (self.limit is None or (_is_number(self.limit, int | float) and self.limit > 0)):
+            raise ValueError(f"tasks.limit must be a positive number or null, got {self.limit!r}")
+        shots, seed = self.num_fewshot, cfg.seed
+        if not (shots is None or (_is_number(shots, int) and shots >= 0)):
+            raise ValueError(f"tasks.num_fewshot must be a number from 0 on or null, got {shots!r}")
+        if not (_is_number(seed, int) and 0 <= seed < 2**32):
+            raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
         self.device = cfg.device
         if cfg.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = ranks.local_device(self.device)
+        try:
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"device={cfg.device} cannot be used here: {one_line(error)[:200]}"
+            ) from None
         self.tasks = Tasks(
             wanted["tasks"], wanted["include_path"], cfg.seed, cfg.pack, wanted.get("n_documents")
         )
@@ -109,6 +118,8 @@ class Evaluation:
             averaged = [k for k, group in loaded["groups"].items() if group.has_aggregation]
             members = [*loaded["tasks"], *averaged]
         old = {member: read_scored(result_file(run, member), protocol) for member in members}
+        # the first's word counts: it may have written what the others were too early to see
+        old = ranks.gather(old)[0]
         if not self.cfg.force and all(old.values()):
             say(f"{run.path}: {name} is scored already")
             return {member: content for member, content in old.items() if content}
@@ -177,11 +188,17 @@ class Evaluation:
             "seed": self.cfg.seed,
             "pack": None if data is not None else self.tasks.pack_hash(name),
         }
+        if own_files := self.tasks.own_files_hash(name):
+            protocol["task_files"] = own_files
         if data is not None:
             from experiments.tasks import VERSIONS
 
             protocol |= {"data": data.fingerprint, "task_version": VERSIONS[name]}
         return protocol
+
+
+def _is_number(value: Any, kinds: Any) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def describe(error: Exception) -> str:
@@ -215,6 +232,8 @@ def main(cfg: DictConfig) -> None:
     import torch
 
     if cfg.n_threads is not None:
+        if not (_is_number(cfg.n_threads, int) and cfg.n_threads >= 1):
+            raise ValueError(f"n_threads must be a number from 1 on or null, got {cfg.n_threads!r}")
         torch.set_num_threads(cfg.n_threads)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     evaluation = Evaluation(cfg)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.entry import one_line
-from experiments.pack import Pack
+from experiments.pack import Pack, content_hash, file_hash
 from experiments.task_files import definition, scored_split, task_config, task_from_rows
 from experiments.task_rows import data_set_names
 
@@ -25,7 +25,7 @@ class Tasks:
     """The tasks asked for, each loaded once, when it is first needed.
 
     Args:
-        names: lm-eval's names of tasks, groups or tags, or those of `OWN_TASKS`.
+        names: lm-eval's names of tasks, groups or tags, or those of `OWN_TASKS`; or one alone.
         include_path: a folder of further task yaml files, or None.
         seed: of the questions of our own tasks.
         pack: a folder that `experiments.prefetch` made, or None for the hub and its cache. With a
@@ -39,7 +39,7 @@ class Tasks:
 
     def __init__(
         self,
-        names: list[str],
+        names: list[str] | str,
         include_path: str | None,
         seed: int,
         pack: str | Path | None = None,
@@ -51,7 +51,7 @@ class Tasks:
             raise ValueError("no task to score: give tasks.tasks=[NAME,...]")
         if include_path is not None and not Path(include_path).is_dir():
             raise FileNotFoundError(f"tasks.include_path={include_path} is not a folder")
-        self.names = list(dict.fromkeys(names))
+        self.names = list(dict.fromkeys([names] if isinstance(names, str) else map(str, names)))
         self.include_path = include_path
         self.seed = seed
         self.pack = Pack(pack) if pack is not None else None
@@ -217,6 +217,21 @@ class Tasks:
         if self.pack is None or name not in self.pack.tasks:
             return None
         return self.pack.task_hash(name)[:16]
+
+    def own_files_hash(self, name: str) -> str | None:
+        """Hash of what defines a task of `include_path`, its Python files included; else None.
+
+        For a group or tag, of all tasks there.
+        """
+        if not (self.include_path and self._local and name in self._local.task_index):
+            return None
+        index, root = self._local.task_index, Path(self.include_path).resolve()
+        alone = index[name].kind.name == "TASK"
+        entries = [index[name]] if alone else index.values()
+        files = sorted({entry_.yaml_path.resolve() for entry_ in entries if entry_.yaml_path})
+        code = sorted({path for file in files for path in file.parent.glob("*.py")})
+        parts = [definition(file, root) for file in files], [file_hash(path) for path in code]
+        return content_hash({"definitions": parts[0], "code": parts[1]})[:16]
 
     def documents(self, name: str) -> dict[str, Any]:
         """What is known of a task's documents.

@@ -147,7 +147,7 @@ def test_limit_and_seed(run: RunDir) -> None:
     assert contents["cloze"]["n-samples"]["cloze"]["effective"] == 5
     assert contents["cloze"]["protocol"]["limit"] == 5
     assert scored(run, "tasks.limit=5", "tasks.tasks=[cloze]", "seed=1") != contents
-    with pytest.raises(ValueError, match=r"tasks\.limit must be positive"):
+    with pytest.raises(ValueError, match=r"tasks\.limit must be a positive number"):
         Evaluation(config("tasks.limit=0"))
 
 
@@ -231,6 +231,19 @@ def test_tasks_from_local_files(run: RunDir, local_tasks: Path, monkeypatch) -> 
         *options,
     )
     assert short["local_text"]["config"]["local_text"]["generation_kwargs"]["max_gen_toks"] == 2
+
+
+def test_a_task_file_that_changed_is_scored_again(run: RunDir, local_tasks: Path) -> None:
+    options = ("tasks=base", "tasks.tasks=[local_choice]", f"tasks.include_path={local_tasks}")
+    before = scored(run, *options)["local_choice"]
+    (local_tasks / "local_last.yaml").unlink()  # another task's file
+    assert scored(run, *options)["local_choice"] == before
+    file = local_tasks / "local_choice.yaml"
+    file.write_text(file.read_text().replace("'{{q}}'", "'{{q}} what?'"))
+    after = scored(run, *options)["local_choice"]
+    assert after["protocol"]["protocol_hash"] != before["protocol"]["protocol_hash"]
+    (local_tasks / "code.py").write_text("def process(rows):\n    return rows\n")
+    assert scored(run, *options)["local_choice"]["protocol"] != after["protocol"]
 
 
 def test_a_group_has_a_file_of_its_own_beside_its_tasks(

@@ -11,8 +11,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer as Engine
+from tokenizers import models, pre_tokenizers
 
 from experiments import ranks
+from experiments.data.tokenizer import JsonTokenizer
 from experiments.entry import CONF_DIR
 from experiments.evaluate import Evaluation
 from experiments.pack import Pack
@@ -141,6 +144,49 @@ def test_shares_are_a_partition_of_about_equal_cost(monkeypatch: pytest.MonkeyPa
         if n <= 3:
             assert max(map(sum, parts)) <= sum(items) / n + max(items)
     assert ranks.share([], lambda cost: 1) == []
+
+
+def test_the_first_process_says_what_is_scored_already(
+    run: RunDir, paper_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = evaluation(paper_pack).score(run)
+    for file in (run.path / "eval").iterdir():
+        file.unlink()  # as if this process did not see them yet
+    told = iter([{task: content} for task, content in first.items()])
+    monkeypatch.setattr(ranks, "gather", lambda mine: [next(told), mine])
+    assert evaluation(paper_pack).score(run) == first
+    assert not any((run.path / "eval").iterdir())
+
+
+def test_another_tokenizer_is_another_score(run: RunDir, paper_pack: Path) -> None:
+    one = evaluation(paper_pack).score(run)["piqa"]["protocol"]
+    engine = Engine(models.WordLevel({"<|endoftext|>": 0, "a": 1, "?": 2}, unk_token="?"))
+    engine.pre_tokenizer = pre_tokenizers.Whitespace()
+    other = JsonTokenizer(json.loads(engine.to_str()))
+    (run.path / "tokenizer.json").write_text(other.to_json())
+    two = evaluation(paper_pack).score(run)["piqa"]["protocol"]
+    assert one["weights"] == two["weights"]
+    assert one["tokenizer"] != two["tokenizer"] == other.hash[:16]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tasks.limit=some", "tasks.limit must be a positive number or null, got 'some'"),
+        ("tasks.limit=-1", "tasks.limit must be a positive number or null, got -1"),
+        ("tasks.num_fewshot=1.5", "tasks.num_fewshot must be a number from 0 on or null, got 1.5"),
+        ("seed=-1", "seed must be a whole number"),
+        ("device=abacus", "device=abacus cannot be used here"),
+        ("device=cuda:77", "device=cuda:77 cannot be used here"),
+    ],
+)
+def test_bad_settings_are_one_line(paper_pack: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluation(paper_pack, override)
+
+
+def test_one_task_needs_no_list(paper_pack: Path) -> None:
+    assert evaluation(paper_pack, "tasks.tasks=piqa").tasks.names == ["piqa"]
 
 
 @pytest.mark.slow
