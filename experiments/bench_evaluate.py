@@ -46,7 +46,7 @@ NOTES = [
 
 
 def evaluation(
-    pack: str,
+    pack: str | None,
     tasks: list[str],
     n_documents: int,
     n_embd: int,
@@ -62,6 +62,11 @@ def evaluation(
         ValueError: without transformers, or if the pack has no tokenizer or lacks a task.
     """
     check_counts(n_documents=n_documents, repeats=repeats, n_embd=n_embd, n_layer=n_layer)
+    if pack is None:
+        raise ValueError(
+            "give the documents, pack=DIR: python -m experiments.prefetch tasks=base "
+            "tasks.tasks=[arc_easy,lambada_openai] tokenizer_file=FILE out=DIR makes them"
+        )
     if find_spec("transformers") is None:
         raise ValueError("bench=evaluate compares with transformers: pip install -e '.[dev]'")
     from experiments.data.tokenizer import read_tokenizer
@@ -75,12 +80,14 @@ def evaluation(
     tokenizer = read_tokenizer(str(asked.pack.tokenizer))
     rate = measured_flops(torch.device("cpu"), torch.float32)
     torch.manual_seed(0)
-    sizes = {"vocab_size": tokenizer.vocab_size, "n_layer": n_layer, "n_embd": n_embd}
-    models: list[LanguageModel] = [
-        RWKV4(**sizes, ctx_len=ctx_len),
-        GPT(**sizes, n_head=n_head, ctx_len=ctx_len),
+    V = tokenizer.vocab_size
+    models = [
+        RWKV4(V, n_layer, n_embd, ctx_len=ctx_len),
+        GPT(V, n_layer, n_embd, n_head, ctx_len=ctx_len),
     ]
-    rows, equal, bars = [], [], []
+    rows: list[Row] = []
+    equal: list[Row] = []
+    bars: list[Row] = []
     for model in models:
         ours, theirs = backends(randomised(model), tokenizer, hf_batch_sizes)
         for name in asked.names:

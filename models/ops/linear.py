@@ -6,11 +6,15 @@ reaches a third of the memory's rate. `csrc/linear_cpu.cpp` takes such calls of 
 N rows, I inputs, O outputs.
 """
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.ops import cpu
+
+Model = TypeVar("Model", bound=nn.Module)
 
 MOST_ROWS = 8  # beyond, the library's matrix product is as fast
 FEWEST_WEIGHTS = 2**13  # below, a call of ours costs more than it saves
@@ -56,7 +60,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def round_matrices(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def round_matrices(model: Model, dtype: torch.dtype) -> Model:
     """Keep a model's matrices and embeddings in dtype; vectors, norms and states stay as they are.
 
     For inference: in memory and in what a token reads, a model of bfloat16 or float16 weights,
