@@ -63,7 +63,7 @@ def benchmark_scores(study: Study) -> Table:
         ("s.d. of seeds", cell("seed_sd", lambda x: fmt.fixed(x, 4))),
         ("runs", cell("n_runs")),
         ("chance", cell("chance", lambda x: fmt.fixed(x, 2))),
-        ("docs", _documents),
+        ("docs", lambda r: fmt.documents(r["n_documents"], r["subset"])),
         ("weights", cell("weights")),
         ("protocol", cell("protocol")),
     ]
@@ -282,12 +282,6 @@ def _protocols(frame: pd.DataFrame) -> tuple[list[str], str]:
             shared.append(texts.iloc[0])
     rows = [", ".join(filter(None, row)) for row in zip(*own, strict=True)]
     return rows, ", ".join(shared)
-
-
-def _documents(row: pd.Series) -> str:
-    if not row["n_documents"] > 0:
-        return fmt.MISSING
-    return f"{row['n_documents']:.0f}" + (" (subset)" if row["subset"] in {True} else "")
 
 
 def _plus_minus(stderr: float) -> str:

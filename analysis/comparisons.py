@@ -59,7 +59,7 @@ def _columns() -> list[Column]:
         ("matched GPT", cell("reference")),
         ("task", cell("task")),
         ("metric", cell("metric")),
-        ("docs", cell("n_documents")),
+        ("docs", lambda r: fmt.documents(r["n_documents"], r["subset"])),
         ("scores", lambda r: f"{fmt.number(r['score'])} / {fmt.number(r['reference/score'])}"),
         (
             "difference [95 % interval]",
@@ -87,6 +87,8 @@ def _notes(frame: pd.DataFrame) -> list[str]:
             "Several seeds: each document's score is averaged over them first. Seeds are not "
             "resampled: the test is about these trained models, not about training anew."
         )
+    if frame["subset"].any():
+        notes.append("Subset: fewer documents than the official split.")
     if frame["metric"].isin(LOGARITHMS).any():
         notes.append("Perplexities are compared by their logarithm, in nats.")
     return notes
@@ -120,6 +122,7 @@ def _compare(
         "task": task,
         "metric": metric,
         "n_documents": len(docs),
+        "subset": bool(both["subset"].eq(True).any()),
         "n_runs": len(mine),
         "reference/n_runs": len(theirs),
         "higher_is_better": bool(both["higher_is_better"].iloc[0]),
@@ -144,6 +147,7 @@ def _pool(pooled: list[tuple[dict[str, Any], Differences]]) -> dict[str, Any]:
         "metric": f"{len(tasks)} tasks",
         "higher_is_better": True,
         "n_documents": sum(len(task.values) for task in tasks),
+        "subset": any(row["subset"] for row in rows),
         **{
             key: float(np.mean([row[key] for row in rows]))
             for key in ("score", "reference/score", "difference")

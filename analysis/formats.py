@@ -65,6 +65,11 @@ def number(x: float) -> str:
     return fixed(x, 4 if abs(x) < 10 else 2)
 
 
+def documents(n: float, is_subset: object) -> str:
+    """How many documents a score is over, and whether the official split has more."""
+    return f"{n:.0f}" + (" (subset)" if is_subset in {True} else "") if n > 0 else MISSING
+
+
 def percent(x: float) -> str:
     """A share in per cent."""
     return f"{100 * x:.1f} %" if math.isfinite(x) else MISSING

@@ -44,8 +44,8 @@ def generation_cost(study: Study) -> Table:
         *((f"prefill tokens/s, {n}", cell(f"prefill_tokens_per_s@{n}", fmt.short)) for n in ends),
         *((f"decode ms/token, {n}", cell(f"decode_s@{n}", _milliseconds)) for n in lengths),
         *((f"state, {n}", cell(f"state_bytes@{n}", fmt.size_bytes)) for n in ends),
-        ("decodes faster than its GPT", lambda r: _since(r, "decode_s", lengths[-1])),
-        ("smaller state", lambda r: _since(r, "state_bytes", lengths[-1])),
+        ("decodes faster than its GPT", lambda r: _since(r, "decode_s", *ends)),
+        ("smaller state", lambda r: _since(r, "state_bytes", *ends)),
     ]
     notes = [
         "At a context of that many tokens: prefill reads it, in chunks; decode is one token more. "
@@ -159,11 +159,13 @@ def _mark(axes: Axes, line: pd.DataFrame, key: str, length: float) -> None:
         axes.plot([length], [height], "o", mfc="none", mec=style.INK, ms=11, mew=1.4, zorder=5)
 
 
-def _since(row: pd.Series, key: str, last: int) -> str:
+def _since(row: pd.Series, key: str, *ends: int) -> str:
     length = row[f"cheaper_{key}"]
     if np.isnan(length):
         return fmt.MISSING
-    return f"not within {last} tokens" if np.isinf(length) else f"from {length:.0f} tokens"
+    if length <= ends[0]:  # shorter ones were not measured
+        return f"at {ends[0]} tokens already"
+    return f"not within {ends[-1]} tokens" if np.isinf(length) else f"from {length:.0f} tokens"
 
 
 def _milliseconds(x: float) -> str:

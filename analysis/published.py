@@ -105,13 +105,13 @@ def _gaps(pairs: pd.DataFrame) -> dict[str, pd.Series]:
     theirs = (value * (1 - value) / n).where(both, 0.0)
     error = np.sqrt(pairs["stderr"] ** 2 + theirs)
     fewer = pairs["subset"].eq(True) | (pairs["n_documents"] < n)
-    docs = pairs["n_documents"].map(lambda x: f"{x:.0f}" if x > 0 else fmt.MISSING)
+    docs = [fmt.documents(*row) for row in zip(pairs["n_documents"], fewer, strict=True)]
     return {
         "gap": gap,
         "error": error,
         "gap_in_se": (gap / error).where(error > 0),
         "error_of": both.map({True: "both", False: "ours"}),
-        "documents": docs.where(~fewer, docs + " (subset)"),
+        "documents": pd.Series(docs, pairs.index),
     }
 
 

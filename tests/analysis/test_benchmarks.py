@@ -48,7 +48,9 @@ def test_a_row_carries_how_it_was_scored(official: Path) -> None:
     carried = ["score", "stderr", "metric", "protocol/lm_eval", "protocol/version", "weights"]
     carried += ["protocol/prefix", "protocol/dtype", "n_documents", "subset", "protocol/pack"]
     assert scores.frame[carried].notna().all(axis=None)
-    cost = generation_cost(study).frame.set_index("model")
+    table = generation_cost(study)
+    assert "at 64 tokens already" in table.markdown()  # a smaller state, at all that was measured
+    cost = table.frame.set_index("model")
     assert cost.loc["rwkv4_169m/official", "matched_gpt"] == "pythia_160m/official"
     assert published_gap(study).frame["documents"].str.endswith("(subset)").all()
 

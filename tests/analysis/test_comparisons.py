@@ -40,6 +40,8 @@ def test_planted_differences_are_in_the_table(tmp_path: Path) -> None:
     assert (frame["p_holm"] >= frame["p"]).all()
     assert f"corrected for all {len(frame)} tests" in " ".join(table.notes)
     assert len(frame) == 5 * 13
+    assert "| 459 (subset) " in table.markdown()  # of piqa's 1838
+    assert "Subset: fewer documents" in " ".join(table.notes)
 
 
 def test_a_comparison_by_hand(tmp_path: Path) -> None:
@@ -54,6 +56,7 @@ def test_a_comparison_by_hand(tmp_path: Path) -> None:
     assert row["low"] == pytest.approx(0.1, abs=0.11)
     assert table.texts()[1][0][-1] == "–"  # 0.07: not below 0.05
     assert "7 / 1" in table.markdown()
+    assert "ubset" not in table.markdown()
 
 
 def test_lower_is_better_where_it_is_and_lengths_weigh(tmp_path: Path) -> None:
