@@ -217,9 +217,9 @@ def say(line: str) -> None:
 def main(cfg: DictConfig) -> None:
     if (cfg.run is None) == (cfg.suite is None):
         raise ValueError("say what to score: run=DIRECTORY (or a glob, or a list) or suite=NAME")
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        os.environ.setdefault("TQDM_DISABLE", "1")  # before torch or lm-eval imports it
     ranks.start()
-    if not sys.stderr.isatty() or ranks.rank() > 0:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # before lm-eval imports it
     pattern = f"{cfg.paths.runs}/{cfg.suite}/*/*" if cfg.run is None else plain(cfg)["run"]
     runs = find_runs(pattern)
     finished = [run for run in runs if run.finished]

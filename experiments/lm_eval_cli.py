@@ -24,10 +24,11 @@ class RunDirLM(LanguageModelLM):
         run: its directory.
         checkpoint, dtype, prefix, rolling_ctx, batch_tokens, seed: as in conf/evaluate.yaml.
         device: what lm-eval's --device says; the CPU without it.
-        ignored: lm-eval's batch_size and max_batch_size.
+        batch_size, max_batch_size: lm-eval's, not used.
 
     Raises:
-        FileNotFoundError, ValueError: if it is no run, or has no tokenizer or checkpoint.
+        FileNotFoundError, ValueError: if it is no run, has no tokenizer or checkpoint, or for
+            another argument than these.
     """
 
     def __init__(
@@ -42,7 +43,10 @@ class RunDirLM(LanguageModelLM):
         device: str | None = None,
         batch_size: Any = None,
         max_batch_size: Any = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise ValueError(f"rwkv_parity has no model_args {', '.join(unknown)}")
         directory = RunDir(run)
         model = load_model(directory, checkpoint, device or "cpu", dtype)
         super().__init__(model, load_tokenizer(directory), prefix, rolling_ctx, batch_tokens, seed)

@@ -212,6 +212,7 @@ def test_two_processes_give_what_one_gives(run: RunDir, paper_pack: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("piqa scored in") == 1
+    assert "it/s" not in done.stderr  # no bars in a file
     together = files(run)
     assert together.keys() == alone.keys()
     for name in together:
@@ -235,5 +236,7 @@ def test_lm_eval_finds_runs_under_its_own_name_for_them(run: RunDir) -> None:
     asked = [Instance("loglikelihood", doc={}, arguments=("a b", " c"), idx=0)]
     assert theirs.loglikelihood(asked) == ours.loglikelihood(asked)
     assert theirs.get_model_info()["dtype"] == "bfloat16"
+    with pytest.raises(ValueError, match="has no model_args dtyp"):
+        get_model("rwkv_parity").create_from_arg_string(f"run={run.path},dtyp=float16")
     with pytest.raises(ValueError, match="is not a run directory"):
         get_model("rwkv_parity").create_from_arg_string("run=nowhere")
