@@ -176,6 +176,8 @@ def compare(
 
     candidates: dict[str, Callable[[], Any]] = {"ours": partial(run, "ours", ours)}
     candidates |= {str(n): partial(run, str(n), one) for n, one in theirs.items()}
+    for backend in (ours, *theirs.values()):  # a whole round to warm up would take minutes
+        backend.loglikelihood(requests[:4], disable_tqdm=True)
     seconds = interleaved(candidates, repeats, warmup=0)
     best = min((str(n) for n in theirs), key=lambda name: statistics.median(seconds[name]))
     n_tokens, n_scored, floor = work(ours, requests, rate)
