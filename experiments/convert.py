@@ -4,22 +4,19 @@ From a `.pth`, a `.safetensors` or a folder in Hugging Face's format to a run di
 evaluate, generate and benchmark take like any other; or from a run directory to one of those.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from experiments.config import plain
-from experiments.entry import entry
+from experiments.entry import as_typed, entry
 
 DTYPES = ("float32", "bfloat16", "float16")
 ENDINGS = (".pth", ".safetensors")
+PATHS = ("source", "target", "tokenizer_file")
 OF_IMPORT = ("tokenizer_file", "ctx_len", "training_tokens", "rescaled")
-
-
-@entry("convert")
-def main(cfg: DictConfig) -> None:
-    convert(plain(cfg))
 
 
 def convert(settings: dict[str, Any]) -> None:
@@ -71,6 +68,16 @@ def check_settings(settings: dict[str, Any]) -> None:
         if settings[key] not in allowed:
             shown = ", ".join("null" if v is None else str(v).lower() for v in allowed)
             raise ValueError(f"{key} is {settings[key]!r}: choose {shown}")
+
+
+def main() -> None:
+    typed, sys.argv[1:] = as_typed(sys.argv[1:], PATHS)
+
+    @entry("convert")
+    def task(cfg: DictConfig) -> None:
+        convert(plain(cfg) | typed)
+
+    task()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Set HYDRA_FULL_ERROR=1 to see tracebacks.
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,3 +87,26 @@ def entry(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Non
         return main
 
     return decorate
+
+
+def as_typed(
+    arguments: list[str], keys: Collection[str], many: Collection[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """Split texts and paths, which are not meant to be Hydra's grammar, from other arguments.
+
+    There a text would have to be quoted twice and could not hold a line end, nor a path a comma,
+    which the names of runs have. Of the `keys` given, those of `many` may come more than once, and
+    all but a prompt stays Hydra's if it is null, quoted or a list.
+    """
+    typed: dict[str, Any] = {}
+    others = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        is_hydras = key != "prompt" and (value == "null" or value[:1] in ("[", "'", '"'))
+        if not equals or key not in keys or is_hydras:
+            others.append(argument)
+        elif key in many:
+            typed.setdefault(key, []).append(value)
+        else:
+            typed[key] = value
+    return typed, [*others, *(f"{key}=null" for key in typed)]

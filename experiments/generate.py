@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from experiments.config import plain
-from experiments.entry import entry
+from experiments.entry import as_typed, entry
 from experiments.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -156,28 +156,8 @@ def generate(cfg: dict[str, Any]) -> None:
     print(writer.cost.text(), file=sys.stderr)
 
 
-def as_typed(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Split texts and paths, which are not meant to be Hydra's grammar, from other arguments.
-
-    There a text would have to be quoted twice and could not hold a line end, nor a path a comma.
-    Of these, all but a prompt stays Hydra's if it is null, quoted or a list.
-    """
-    typed: dict[str, Any] = {}
-    others = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        is_hydras = key != "prompt" and (value == "null" or value[:1] in ("[", "'", '"'))
-        if not equals or key not in AS_TYPED or is_hydras:
-            others.append(argument)
-        elif key in MANY:
-            typed.setdefault(key, []).append(value)
-        else:
-            typed[key] = value
-    return typed, [*others, *(f"{key}=null" for key in typed)]
-
-
 def main() -> None:
-    typed, sys.argv[1:] = as_typed(sys.argv[1:])
+    typed, sys.argv[1:] = as_typed(sys.argv[1:], AS_TYPED, MANY)
 
     @entry("generate")
     def task(cfg: DictConfig) -> None:

@@ -539,9 +539,9 @@ def test_the_environment_is_left_as_it_was(tmp_path, monkeypatch) -> None:
 @pytest.mark.slow
 def test_the_command_line(tmp_path) -> None:
     run = make_run(tmp_path / "run", make_model("rwkv4", vocab=256), BytesTokenizer())
-    target, back = tmp_path / "it's (new) {1}.pth", tmp_path / "a/b/back"
+    target, back = tmp_path / "it's (new) {1}.pth", tmp_path / "a/b/lr=1,seed=0"
     quoted = str(target).replace("'", "\\'")
-    out = [f"source={run.path}", f"target='{quoted}'"]
+    out = [f"source={run.path}", f"target={target}"]
     tokenizer = f"tokenizer_file={run.path / 'tokenizer.json'}"
     into = [f"source='{quoted}'", f"target={back}", tokenizer, "ctx_len=9", "dtype=bfloat16"]
     for arguments, code in ((out, 0), (out, 2), (into, 0)):

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from experiments import generate as entry_module
 from experiments.config import plain
 from experiments.data.tokenizer import BytesTokenizer, IdsTokenizer
-from experiments.entry import CONF_DIR
-from experiments.generate import as_typed, generate
+from experiments.entry import CONF_DIR, as_typed
+from experiments.generate import AS_TYPED, MANY, generate
 from experiments.run_dir import RunDir, load_model, write_json, write_text
 from experiments.state_file import load_state, save_state
 from models.generation import Past, prefill
@@ -286,14 +286,14 @@ def test_texts_and_paths_are_taken_as_typed() -> None:
         "run=runs/a,b=1", "prompt=f(a, b='${x}')\n", "prompt=[1, 2]", "stop=\n", "stop=User:",
         "top_k=5", "state='quoted'", "save_state=null",
     ]  # fmt: skip
-    typed, others = as_typed(arguments)
+    typed, others = as_typed(arguments, AS_TYPED, MANY)
     assert typed == {
         "run": "runs/a,b=1",
         "prompt": ["f(a, b='${x}')\n", "[1, 2]"],
         "stop": ["\n", "User:"],
     }
     assert others[:3] == ["top_k=5", "state='quoted'", "save_state=null"]
-    assert as_typed(["stop=[a,b]"]) == ({}, ["stop=[a,b]"])
+    assert as_typed(["stop=[a,b]"], AS_TYPED, MANY) == ({}, ["stop=[a,b]"])
 
 
 @pytest.mark.slow
