@@ -47,13 +47,7 @@ class Evaluation:
         wanted = plain(cfg.tasks)
         self.limit, self.num_fewshot = wanted["limit"], wanted["num_fewshot"]
         self.gen_kwargs, self.bootstrap_iters = wanted["gen_kwargs"], wanted["bootstrap_iters"]
-        if not (self.limit is None or (_is_number(self.limit, int | float) and self.limit > 0)):
-            raise ValueError(f"tasks.limit must be a positive number or null, got {self.limit!r}")
-        shots, seed = self.num_fewshot, cfg.seed
-        if not (shots is None or (_is_number(shots, int) and shots >= 0)):
-            raise ValueError(f"tasks.num_fewshot must be a number from 0 on or null, got {shots!r}")
-        if not (_is_number(seed, int) and 0 <= seed < 2**32):
-            raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
+        check_settings(cfg)
         self.device = cfg.device
         if cfg.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,7 +59,11 @@ class Evaluation:
                 f"device={cfg.device} cannot be used here: {one_line(error)[:200]}"
             ) from None
         self.tasks = Tasks(
-            wanted["tasks"], wanted["include_path"], cfg.seed, cfg.pack, wanted.get("n_documents")
+            wanted["tasks"],
+            wanted["include_path"],
+            cfg.seed,
+            None if cfg.pack is None else str(cfg.pack),  # pack=2024 is read as a number
+            wanted.get("n_documents"),
         )
         self.failures: list[str] = []
 
@@ -90,7 +88,8 @@ class Evaluation:
 
     def _fail(self, what: str, error: Exception) -> None:
         if ranks.size() > 1:
-            raise error  # the others would wait for this process's answers
+            # the others would wait for this process's answers
+            raise RunFailed(f"{what}: {describe(error)}") from error
         self.failures.append(what)
         print(f"error: {what}: {describe(error)}", file=sys.stderr, flush=True)
 
@@ -197,8 +196,24 @@ class Evaluation:
         return protocol
 
 
-def _is_number(value: Any, kinds: Any) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool)
+def check_settings(cfg: DictConfig) -> None:
+    """Raise ValueError for the first setting of conf/evaluate.yaml that is of the wrong kind."""
+    tasks = plain(cfg.tasks)
+    limit = tasks["limit"]
+    if limit is not None and not (type(limit) in (int, float) and limit > 0):
+        raise ValueError(f"tasks.limit must be a positive number or null, got {limit!r}")
+    for name in ("gen_kwargs", "n_documents"):
+        if not isinstance(tasks.get(name) or {}, dict):
+            raise ValueError(f"tasks.{name} must be {{NAME: VALUE, ...}}, got {tasks[name]!r}")
+    for name, value, least in (
+        ("tasks.num_fewshot", tasks["num_fewshot"] or 0, 0),
+        ("tasks.bootstrap_iters", tasks["bootstrap_iters"], 0),
+        ("batch_tokens", cfg.batch_tokens, 1),
+        ("n_threads", 1 if cfg.n_threads is None else cfg.n_threads, 1),
+        ("seed", cfg.seed, 0),
+    ):
+        if type(value) is not int or not least <= value < 2**32:
+            raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
 
 
 def describe(error: Exception) -> str:
@@ -221,7 +236,7 @@ def main(cfg: DictConfig) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # before torch or lm-eval imports it
     ranks.start()
     pattern = f"{cfg.paths.runs}/{cfg.suite}/*/*" if cfg.run is None else plain(cfg)["run"]
-    runs = find_runs(pattern)
+    runs = find_runs(pattern if isinstance(pattern, list) else str(pattern))
     finished = [run for run in runs if run.finished]
     for run in runs:
         if not run.finished:
@@ -231,12 +246,10 @@ def main(cfg: DictConfig) -> None:
 
     import torch
 
-    if cfg.n_threads is not None:
-        if not (_is_number(cfg.n_threads, int) and cfg.n_threads >= 1):
-            raise ValueError(f"n_threads must be a number from 1 on or null, got {cfg.n_threads!r}")
-        torch.set_num_threads(cfg.n_threads)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     evaluation = Evaluation(cfg)
+    if cfg.n_threads is not None:
+        torch.set_num_threads(cfg.n_threads)
     scored = {run.name: evaluation.score(run) for run in finished}
     if any(scored.values()):
         say(table(scored))

@@ -208,7 +208,7 @@ def read_tokenizer(path: str | None) -> Path | None:
 
 @entry("prefetch")
 def main(cfg: DictConfig) -> None:
-    out, wanted = Path(cfg.out), plain(cfg.tasks)
+    out, wanted = Path(str(cfg.out)), plain(cfg.tasks)  # out=2024 is read as a number
     check_out(out, cfg.force)
     tokenizer = read_tokenizer(cfg.tokenizer_file)
     if not sys.stderr.isatty():
@@ -219,8 +219,11 @@ def main(cfg: DictConfig) -> None:
         if tasks.uses_data(name):
             raise ValueError(f"{name} is made from each run's own text: it needs no pack")
     leaves = [leaf for name in tasks.names for leaf in tasks.leaves(name)]
-    folder = None if cfg.source is None else Path(cfg.source)
-    source = Source(folder, plain(cfg)["files"] or {}, leaves)
+    folder = None if cfg.source is None else Path(str(cfg.source))
+    files = plain(cfg)["files"] or {}
+    if not isinstance(files, dict):
+        raise ValueError(f"files must be {{TASK: NAME.jsonl, ...}}, got {files!r}")
+    source = Source(folder, files, leaves)
     digest = make_pack(out, tasks, source, wanted, tokenizer)
     for name, task in Pack(out).tasks.items():
         n_rows, of = task["splits"][task["scored"]]["rows"], task["official"] or "an unknown number"

@@ -99,6 +99,7 @@ def test_the_command_makes_and_replaces_a_pack(
         (["tasks.tasks=[piqa,record,sciq]"], "has no record.jsonl (task record), sciq.jsonl (task"),
         (["files={piqa: other.jsonl}"], "has no other.jsonl (task piqa)"),
         (["files={copa: other.jsonl}"], "files= names tasks that are not asked for: copa"),
+        (["files=5"], "files must be {TASK: NAME.jsonl, ...}, got 5"),
         (["source=null", "files={piqa: x}"], "files= names files of source=FOLDER"),
         (["source=/nowhere"], "source=/nowhere is not a folder"),
         (["tasks.tasks=[cloze]"], "cloze is made from each run's own text"),

@@ -16,7 +16,7 @@ from tokenizers import models, pre_tokenizers
 
 from experiments import ranks
 from experiments.data.tokenizer import JsonTokenizer
-from experiments.entry import CONF_DIR
+from experiments.entry import CONF_DIR, RunFailed
 from experiments.evaluate import Evaluation
 from experiments.pack import Pack
 from experiments.run_dir import RunDir, load_model, load_tokenizer, write_json
@@ -174,19 +174,33 @@ def test_another_tokenizer_is_another_score(run: RunDir, paper_pack: Path) -> No
     [
         ("tasks.limit=some", "tasks.limit must be a positive number or null, got 'some'"),
         ("tasks.limit=-1", "tasks.limit must be a positive number or null, got -1"),
-        ("tasks.num_fewshot=1.5", "tasks.num_fewshot must be a number from 0 on or null, got 1.5"),
+        ("tasks.num_fewshot=1.5", "tasks.num_fewshot must be a whole number from 0 on, got 1.5"),
+        ("tasks.bootstrap_iters=x", "tasks.bootstrap_iters must be a whole number from 0 on"),
+        ("tasks.gen_kwargs=5", "tasks.gen_kwargs must be {NAME: VALUE, ...}, got 5"),
+        ("batch_tokens=many", "batch_tokens must be a whole number from 1 on, got 'many'"),
+        ("n_threads=0", "n_threads must be a whole number from 1 on, got 0"),
+        ("pack=2024", "2024 is not a task pack"),
         ("seed=-1", "seed must be a whole number"),
         ("device=abacus", "device=abacus cannot be used here"),
         ("device=cuda:77", "device=cuda:77 cannot be used here"),
     ],
 )
 def test_bad_settings_are_one_line(paper_pack: Path, override: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         evaluation(paper_pack, override)
 
 
 def test_one_task_needs_no_list(paper_pack: Path) -> None:
     assert evaluation(paper_pack, "tasks.tasks=piqa").tasks.names == ["piqa"]
+
+
+def test_what_fails_in_one_of_several_processes_ends_it_in_one_line(
+    run: RunDir, paper_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run.path / "checkpoints" / "last.ckpt").unlink()
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    with pytest.raises(RunFailed, match=r"released: .* has no last checkpoint"):
+        evaluation(paper_pack).score(run)
 
 
 @pytest.mark.slow
