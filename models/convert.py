@@ -182,8 +182,8 @@ def hf_settings(config: Mapping[str, Any], sizes: Mapping[str, int], kind: str) 
     if kind == "hf_rwkv":
         return {"ctx_len": _whole(config, "context_length", 1024)}
     share = config.get("rotary_pct", 0.25)
-    if not isinstance(share, int | float):
-        raise ValueError(f"config.json has rotary_pct={share!r}: a number is needed")
+    if not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise ValueError(f"config.json has rotary_pct={share!r}: a number from 0 to 1 is needed")
     return {
         "ctx_len": _whole(config, "max_position_embeddings", 2048),
         "n_head": _whole(config, "num_attention_heads"),
@@ -194,7 +194,10 @@ def hf_settings(config: Mapping[str, Any], sizes: Mapping[str, int], kind: str) 
 def _with_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with its newer `rope_parameters` spelt as the older fields."""
     flat = dict(config)
-    rope = dict(flat.pop("rope_parameters", None) or {})
+    rope = flat.pop("rope_parameters", None) or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json has rope_parameters={rope!r}: an object is needed")
+    rope = dict(rope)
     renamed = {"partial_rotary_factor": "rotary_pct", "rope_theta": "rope_theta"}
     for new, old in renamed.items():
         if new in rope:

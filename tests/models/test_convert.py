@@ -115,6 +115,8 @@ def test_buffers_prefixes_and_second_names() -> None:
         ("hf_gpt_neox", {"num_attention_heads": None}, "num_attention_heads=None"),
         ("hf_gpt_neox", {"max_position_embeddings": "x"}, "max_position_embeddings='x'"),
         ("hf_gpt_neox", {"rotary_pct": "a"}, "rotary_pct='a'"),
+        ("hf_gpt_neox", {"rotary_pct": float("nan")}, "a number from 0 to 1 is needed"),
+        ("hf_gpt_neox", {"rope_parameters": [1]}, r"rope_parameters=\[1\]: an object is needed"),
         ("hf_gpt_neox", {"hidden_size": 8}, "hidden_size=8, its tensors have 16"),
         ("hf_rwkv", {"attention_hidden_size": 8}, "attention_hidden_size=8"),
         ("hf_rwkv", {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
