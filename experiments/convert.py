@@ -46,7 +46,8 @@ def convert(settings: dict[str, Any]) -> None:
                 raise ValueError(f"{key}= is for checkpoints from outside: {source} is a run")
         export_checkpoint(source, target, **settings)
         return
-    settings.pop("checkpoint")
+    if settings.pop("checkpoint") != "last":
+        raise ValueError(f"checkpoint= is for runs: {source} is from outside and has only one")
     if settings["tokenizer_file"] is not None:
         settings["tokenizer_file"] = Path(str(settings["tokenizer_file"])).expanduser()
     import_checkpoint(source, target, **settings)

@@ -486,6 +486,7 @@ def test_what_cannot_be_converted_is_said(hf, tmp_path) -> None:
         (hf, new, {"tokenizer_file": str(wrong)}, "has 256 ids, the model 90"),
         (hf, new, {"tokenizer_file": str(tmp_path / "none.json")}, "there is no tokenizer_file="),
         (hf, new, {"ctx_len": 0}, "ctx_len is 0"),
+        (hf, new, {"checkpoint": "best"}, "checkpoint= is for runs"),
         (hf, new, {"training_tokens": 1.5}, "training_tokens is 1.5"),
         (hf, new, {"dtype": "int8"}, "dtype is 'int8': choose null, float32"),
         (hf, new, {"rescaled": "maybe"}, "rescaled is 'maybe': choose null, true, false"),
