@@ -67,6 +67,8 @@ def evaluation(
             "give the documents, pack=DIR: python -m experiments.prefetch tasks=base "
             "tasks.tasks=[arc_easy,lambada_openai] tokenizer_file=FILE out=DIR makes them"
         )
+    if not hf_batch_sizes:
+        raise ValueError("hf_batch_sizes is empty: give the batch sizes of the hf backend to try")
     if find_spec("transformers") is None:
         raise ValueError("bench=evaluate compares with transformers: pip install -e '.[dev]'")
     from experiments.data.tokenizer import read_tokenizer

@@ -1,4 +1,4 @@
-"""Processes that share one evaluation, started by torchrun (or srun with its variables).
+"""Processes that share one evaluation, started by torchrun.
 
 Each scores a part of the requests; then all have all answers, and the first writes.
 """

@@ -269,5 +269,8 @@ def load_tokenizer(run: RunDir) -> "Tokenizer":
 
     file = run.path / "tokenizer.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: text cannot be turned into tokens")
+        raise FileNotFoundError(
+            f"{file} is missing, so text cannot be turned into tokens: convert the checkpoint "
+            "again with tokenizer_file=FILE, or copy that file of a run with the same tokenizer"
+        )
     return Tokenizer.from_json(file.read_text(encoding="utf-8"))
