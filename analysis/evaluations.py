@@ -18,9 +18,10 @@ COSTS = ["n_tokens", "prefill_s", "decode_s", "state_bytes"]
 PEAK = "peak_mem_bytes"
 GENERATION_PROTOCOL = ["batch_size", "n_threads", "device", "dtype", "chunk_len"]
 # of a score's protocol, what may differ between scores in one table: weights, tokenizer and longest
-# context are the model's own, the device only rounds, the rest is counted or timed
+# context are the model's own, the device only rounds, a pack only brings the documents, which are
+# compared themselves, the rest is counted or timed
 MODELS_OWN = {"weights", "tokenizer", "max_ctx"}
-NOT_COMPARED = MODELS_OWN | {"device", "n_truncated", "time_s", "protocol_hash"}
+NOT_COMPARED = MODELS_OWN | {"device", "pack", "n_truncated", "time_s", "protocol_hash"}
 # the metric that stands for a task: the paper's tables use these, plain accuracy for the others
 HEADLINES = {
     "arc_challenge": "acc_norm",

@@ -3,21 +3,22 @@
 A benchmark is a function that takes the keys of its conf/bench/NAME.yaml and returns a `Report`.
 """
 
+import sys
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_method
 from omegaconf import DictConfig
 
-from experiments.entry import entry
+from experiments.entry import as_typed, entry
 from experiments.run_dir import check_targets, plain, write_json
 
 SHARED = ("n_threads", "out", "paths")  # keys of conf/benchmark.yaml; the rest are the function's
 
 
-@entry("benchmark")
-def main(cfg: DictConfig) -> None:
-    settings = plain(cfg)
+def run(settings: dict[str, Any]) -> None:
+    """Run the benchmark whose function and keys these are, print its report and keep it."""
     check_targets(settings)
     n_threads, out, _ = (settings.pop(key) for key in SHARED)
 
@@ -40,6 +41,16 @@ def main(cfg: DictConfig) -> None:
         content = {"bench": HydraConfig.get().runtime.choices["bench"], "machine": where}
         content |= {"settings": settings, "tables": report.tables, "notes": report.notes}
         write_json(Path(out), content)
+
+
+def main() -> None:
+    typed, sys.argv[1:] = as_typed(sys.argv[1:], ("run", "pack", "out"))
+
+    @entry("benchmark")
+    def task(cfg: DictConfig) -> None:
+        run(plain(cfg) | typed)
+
+    task()
 
 
 if __name__ == "__main__":

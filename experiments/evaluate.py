@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from experiments import ranks
 from experiments.config import plain
-from experiments.entry import RunFailed, entry, one_line
+from experiments.entry import RunFailed, as_typed, entry, one_line
 from experiments.journal import Journal
 from experiments.lm_eval_tasks import Tasks
 from experiments.run_dir import RunDir, find_runs, load_model, load_tokenizer
@@ -148,7 +148,7 @@ class Evaluation:
 
         import numpy as np
         import torch
-        from lm_eval.evaluator import evaluate
+        from lm_eval import evaluator
 
         seed = self.cfg.seed
         random.seed(seed)
@@ -161,7 +161,7 @@ class Evaluation:
             if self.gen_kwargs and task.get_config("output_type") == "generate_until":
                 task.set_config("generation_kwargs", dict(self.gen_kwargs), update=True)
             task.set_fewshot_seed(seed)
-        return evaluate(
+        return evaluator.evaluate(
             lm,
             loaded,
             limit=self.limit,
@@ -228,8 +228,13 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-@entry("evaluate")
-def main(cfg: DictConfig) -> None:
+def evaluate(cfg: DictConfig) -> None:
+    """Score the runs that a config names.
+
+    Raises:
+        FileNotFoundError, ValueError: for what is wrong with it.
+        RunFailed: if a run could not be scored, once all others are.
+    """
     if (cfg.run is None) == (cfg.suite is None):
         raise ValueError("say what to score: run=DIRECTORY (or a glob, or a list) or suite=NAME")
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
@@ -257,6 +262,17 @@ def main(cfg: DictConfig) -> None:
     if evaluation.failures:
         failed = ", ".join(evaluation.failures)
         raise RunFailed(f"not scored, for the reasons above: {failed}")
+
+
+def main() -> None:
+    typed, sys.argv[1:] = as_typed(sys.argv[1:], ("run", "pack", "suite"))
+
+    @entry("evaluate")
+    def task(cfg: DictConfig) -> None:
+        cfg.merge_with(typed)
+        evaluate(cfg)
+
+    task()
 
 
 if __name__ == "__main__":

@@ -321,7 +321,7 @@ def test_the_command_goes_on_after_a_failure_and_reports_it(
 ) -> None:
     broken = make_run(run.path.parent / "seed=1", data)
     (broken.path / "checkpoints" / "last.ckpt").write_bytes(b"not a checkpoint")
-    unfinished = make_run(run.path.parent / "seed=2", data)
+    unfinished = make_run(run.path.parent / "lr=0.1,seed=2", data)  # names of runs hold commas
     (unfinished.path / "result.json").unlink()
     command = [sys.executable, "-m", "experiments.evaluate", "device=cpu", "n_threads=1"]
     root = CONF_DIR.parent
@@ -347,7 +347,7 @@ def test_the_command_goes_on_after_a_failure_and_reports_it(
     assert wrong.stderr.startswith("error: no run directory matches")
     assert len(wrong.stderr.splitlines()) == 1
     early = subprocess.run(
-        [*command, f"run='{unfinished.path}'"], cwd=root, capture_output=True, text=True
+        [*command, f"run={unfinished.path}"], cwd=root, capture_output=True, text=True
     )
     assert early.returncode == 2
     assert early.stderr.startswith("error: nothing to score: none of these runs is finished")
