@@ -7,9 +7,10 @@ B batch, T time, C n_embd, V vocabulary, N scored positions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.prefix_tree import NOTHING, Segment, Tokens, plan
@@ -21,6 +22,14 @@ LOGITS_AT_ONCE = 2**24  # elements of (N, V) held at a time: 64 MiB in float32
 
 Item = TypeVar("Item")
 Answer = tuple[float, bool]  # log P in nats, and whether greedy decoding gives it
+
+
+class Unread(NamedTuple):
+    """Features (N, C) whose logits are still to be computed, at what they must predict (N,)."""
+
+    x: Tensor
+    wanted: Tensor
+    owners: list[Segment]
 
 
 class Scorer:
@@ -60,16 +69,31 @@ class Scorer:
         places, roots = plan(requests)
         self._scores = torch.zeros(len(places), dtype=torch.float64)
         self._greedy = torch.ones(len(places), dtype=torch.bool)
+        self._unread: list[Unread] = []
+        self._n_run = 0  # tokens, since answers were last settled
         answers: list[Answer] = [(0.0, True)] * len(requests)
-        for done in self._run(roots):
+        waiting: list[Segment] = []
+        at_once = max(1, LOGITS_AT_ONCE // self.model.vocab_size)
+
+        def settle() -> None:
+            self._read(at_once)
+            self._n_run = 0
             new = {
                 place: (self._scores[segment.first].item(), bool(self._greedy[segment.first]))
-                for segment in done
+                for segment in waiting
                 for place in places[segment.first]
             }
             for place, answer in new.items():
                 answers[place] = answer
+            waiting.clear()
             finished(new)
+
+        for done in self._run(roots):
+            waiting += done
+            n_unread = sum(len(one.wanted) for one in self._unread)
+            if n_unread >= at_once or self._n_run >= self.batch_tokens:
+                settle()
+        settle()
         return answers
 
     def _run(self, roots: list[Segment]) -> Iterator[list[Segment]]:
@@ -130,7 +154,7 @@ class Scorer:
     def _add(
         self, segments: list[Segment], state: State | None, padded: str = "right"
     ) -> State | None:
-        """Run segments as rows, add up what they score; the state behind them.
+        """Run segments as rows, keep what is to be scored of them; the state behind them.
 
         Padding on the right does no harm where nothing follows: a causal model never looks there.
         """
@@ -141,32 +165,41 @@ class Scorer:
             start = T - n_inputs(one) if padded == "left" else 0
             ids[row, start : start + n_inputs(one)] = torch.tensor(one.inputs)
             targets[row, start : start + n_inputs(one)] = torch.tensor(one.targets)
-        sums = torch.zeros(B, dtype=torch.float64)
-        greedy = torch.ones(B, dtype=torch.bool)
-        step = max(1, LOGITS_AT_ONCE // self.model.vocab_size)
+        self._n_run += B * T
         after = state
         for chunk, x, after in self._chunks(ids, state):  # noqa: B007, the last one counts
             b, t = (targets[:, chunk] != NOTHING).nonzero(as_tuple=True)
-            wanted = targets[:, chunk][b, t]
-            x = x[b.to(self.device), t.to(self.device)]  # (N, C)
-            for start in range(0, len(b), step):
-                piece = slice(start, start + step)
-                hit, logp = self._predict(x[piece], wanted[piece])
-                sums.index_add_(0, b[piece], logp)
-                greedy[b[piece][~hit]] = False
-        for row, one in enumerate(segments):
-            self._scores[one.first : one.last] += sums[row]
-            self._greedy[one.first : one.last] &= greedy[row]
+            if len(b):
+                x = x[b.to(self.device), t.to(self.device)]  # (N, C)
+                owners = [segments[row] for row in b.tolist()]
+                self._unread.append(Unread(x, targets[:, chunk][b, t], owners))
         return after
 
-    def _predict(self, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (N, C), ids (N,) -> are they the likeliest (N,), log-probabilities (N,)."""
+    def _read(self, at_once: int) -> None:
+        """Add up what the features kept so far predict; few large products with the head."""
+        if not self._unread:
+            return
+        x = torch.cat([one.x for one in self._unread])
+        wanted = torch.cat([one.wanted for one in self._unread])
+        owners = [owner for one in self._unread for owner in one.owners]
+        self._unread = []
+        for start in range(0, len(x), at_once):
+            piece = slice(start, start + at_once)
+            for owner, hit, logp in zip(
+                owners[piece], *self._predict(x[piece], wanted[piece]), strict=True
+            ):
+                self._scores[owner.first : owner.last] += logp
+                if not hit:
+                    self._greedy[owner.first : owner.last] = False
+
+    def _predict(self, x: Tensor, wanted: Tensor) -> tuple[list[bool], list[float]]:
+        """Features (N, C), ids (N,) -> are they the likeliest, log-probabilities."""
         wanted = wanted.to(self.device)
         logits = self.model.head(x).float()  # (N, V)
-        logp = logits.gather(-1, wanted[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        logp = -F.cross_entropy(logits, wanted, reduction="none")  # twice as fast as logsumexp
         if not logp.isfinite().all():
             raise ValueError("the model's logits are not finite: try dtype=float32, check weights")
-        return (logits.argmax(-1) == wanted).cpu(), logp.cpu().double()
+        return (logits.argmax(-1) == wanted).tolist(), logp.tolist()
 
     def _chunks(
         self, ids: Tensor, state: State | None
