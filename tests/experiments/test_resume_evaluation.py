@@ -93,7 +93,7 @@ def test_a_killed_evaluation_goes_on(
     undisturbed = files(run)
     for file in (run.path / "eval").iterdir():
         file.unlink()
-    n_passes, dies_at = 0, 5
+    n_passes, dies_at = 0, 8
     features = GPT.features
 
     def dying(self: GPT, *args: Any) -> Any:
