@@ -47,7 +47,7 @@ NOTES = [
 
 def evaluation(
     pack: str | None,
-    tasks: list[str],
+    task_names: list[str],
     n_documents: int,
     n_embd: int,
     n_layer: int,
@@ -74,7 +74,7 @@ def evaluation(
     from experiments.data.tokenizer import read_tokenizer
     from experiments.manifest import measured_flops
 
-    asked = Tasks(tasks, None, 0, pack)
+    asked = Tasks(task_names, None, 0, pack)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     assert asked.pack is not None
     if asked.pack.tokenizer is None:
