@@ -46,7 +46,7 @@ def test_a_row_carries_how_it_was_scored(official: Path) -> None:
     assert scores.frame["subset"].all()
     assert "2510 (subset)" in scores.markdown()
     carried = ["score", "stderr", "metric", "protocol/lm_eval", "protocol/version", "weights"]
-    carried += ["protocol/prefix", "protocol/dtype", "n_documents", "subset", "protocol/pack"]
+    carried += ["protocol/prefix", "protocol/dtype", "n_documents", "subset"]
     assert scores.frame[carried].notna().all(axis=None)
     table = generation_cost(study)
     assert "at 64 tokens already" in table.markdown()  # a smaller state, at all that was measured

@@ -201,7 +201,6 @@ def test_runs_that_differ_in_what_must_match_are_refused(
         ("gen_kwargs", "{'max_gen_toks': 64}"),
         ("seed", 3),
         ("task_version", 2),
-        ("pack", "ab" * 32),
         ("subset", True),
         ("n_documents", 17),
     ],
