@@ -209,14 +209,7 @@ def encoded(
     lm: "LanguageModelLM", requests: "list[Instance]"
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Context and answer of each request, as ids."""
-    seen: list[Any] = []
-    record = lm._loglikelihood_tokens
-    lm._loglikelihood_tokens = lambda pairs, **_: seen.extend(pairs) or [(0.0, True)] * len(pairs)  # type: ignore
-    try:
-        lm.loglikelihood(requests)
-    finally:
-        lm._loglikelihood_tokens = record  # type: ignore[method-assign]
-    return [(lm._fit(before, after), tuple(after)) for _, before, after in seen]
+    return [(lm.fit(before, after), tuple(after)) for _, before, after in lm.encode(requests)]
 
 
 def work(lm: "LanguageModelLM", requests: "list[Instance]", rate: float) -> tuple[int, int, float]:

@@ -108,6 +108,14 @@ class LanguageModelLM(TemplateLM):
         Raises:
             ValueError: if a continuation has no token of its own to score.
         """
+        return self._loglikelihood_tokens(self.encode(requests), disable_tqdm=disable_tqdm)
+
+    def encode(self, requests: list[Instance]) -> list[Request]:
+        """Texts, context and continuation of loglikelihood requests, before any is cut.
+
+        Raises:
+            ValueError: if a continuation has no token of its own to score.
+        """
         pairs: list[Request] = []
         for request in requests:
             context, continuation = request.args
@@ -123,7 +131,7 @@ class LanguageModelLM(TemplateLM):
                     f"it merges into the text before it, or is one token and prefix={self.prefix}"
                 )
             pairs.append(((context, continuation), before, after))
-        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+        return pairs
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -171,7 +179,7 @@ class LanguageModelLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        pairs = [(self._fit(before, after), tuple(after)) for _, before, after in requests]
+        pairs = [(self.fit(before, after), tuple(after)) for _, before, after in requests]
 
         def run(mine: list[tuple[Tokens, Tokens]], finished: Finished) -> None:
             self.scorer.score(mine, finished)
@@ -288,7 +296,7 @@ class LanguageModelLM(TemplateLM):
         for window in get_rolling_token_windows(tokens, first, size, context_len=1):
             yield make_disjoint_window(window)
 
-    def _fit(self, context: list[int], continuation: list[int]) -> Tokens:
+    def fit(self, context: list[int], continuation: list[int]) -> Tokens:
         """The context, cut on the left to what the model may see besides the continuation."""
         limit = self.model.max_ctx
         if limit is None or len(context) + len(continuation) <= limit + 1:
