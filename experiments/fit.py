@@ -25,6 +25,7 @@ from experiments.callbacks import (
     RunLog,
     TokenBar,
 )
+from experiments.claim import RunLocked
 from experiments.config import check_config, config_hash, make, plain, step_count
 from experiments.data.prepare import prepare
 from experiments.data.token_data import TokenData, TokenDataModule
@@ -33,7 +34,7 @@ from experiments.lit_lm import LitLM
 from experiments.manifest import manifest
 from experiments.metrics import MetricsFile, summarise
 from experiments.optim import make_optimizer
-from experiments.run_dir import RunDir, RunLocked, read_checkpoint, write_json, write_text
+from experiments.run_dir import RunDir, read_checkpoint, write_json, write_text
 from models.language_model import LanguageModel
 
 
@@ -77,13 +78,7 @@ def fit(run: RunDir) -> None:
             MetricsFile(run.path / "metrics.csv"), model.flops_per_token(cfg.ctx_len)
         )
         write_json(run.path / "result.json", result)
-        bits = "" if result["val/bpb"] is None else f" ({result['val/bpb']:.4f} bits/byte)"
-        print(
-            f"{run.name}: {result['step']} steps, {result['tokens']:,} tokens, "
-            f"val/loss {result['val/loss']:.4f} nats/token{bits}, {result['time_s']:.0f} s, "
-            f"{result['perf/tokens_per_s']:,.0f} tokens/s",
-            flush=True,
-        )
+        print(f"{run.name}: {run.summary()}", flush=True)
 
 
 def build(
@@ -209,14 +204,14 @@ def quiet_lightning() -> None:
 
 
 def attempt(run: RunDir) -> None:
-    """``fit`` under the run's lock; a failure leaves its reason in ``error.txt``.
+    """``fit`` with the run claimed; a failure leaves its reason in ``error.txt``.
 
     Raises:
         RunFailed: if training failed, or if another process is at it.
         ValueError, OSError: for bad input, found before training began.
     """
     try:
-        with run.lock() if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
+        with run.claim(wait=True) if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
             attempt_locked(run)
     except RunLocked as error:
         raise RunFailed(str(error)) from error

@@ -3,20 +3,19 @@
 Named by content (suite, model, overrides), never by the clock. CONTRIBUTING.md lists its files.
 """
 
-import fcntl
 import glob
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.claim import Claim
 from experiments.config import (
     check_targets,
     config_difference,
@@ -50,10 +49,6 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-class RunLocked(ValueError):
-    """Another process is training the run."""
 
 
 class RunDir:
@@ -94,7 +89,7 @@ class RunDir:
             write_text(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(frozen)))
             return cls(path)
         run = cls(path)
-        with run.lock():
+        with run.claim():
             difference = config_difference(plain(run.config), frozen)
             if difference and run.has_training:
                 shown = "; ".join(difference[:5]) + ("; ..." if len(difference) > 5 else "")
@@ -161,19 +156,32 @@ class RunDir:
             raise FileNotFoundError(f"{self.path} has no {which} checkpoint: train it first")
         return path
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run for this process; the operating system lets go when the process ends.
+    def claim(self, wait: bool = False) -> Claim:
+        """Hold the run for this process; a context manager.
+
+        A claim that the process which started this one took for it is taken over. `wait` as in
+        `Claim.take`.
 
         Raises:
-            RunLocked: if another process holds it.
+            RunLocked: if another process holds the run.
         """
-        with open(self.path / ".lock", "w", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunLocked(f"another process is training {self.path}") from None
-            yield
+        return Claim.inherited(self.path) or Claim.take(self.path, wait)
+
+    def summary(self) -> str:
+        """A finished run's result in a few words; empty if there is none, or one of another kind.
+
+        Raises:
+            ValueError: if ``result.json`` is damaged.
+        """
+        result = self.result or {}
+        if "val/loss" not in result:
+            return ""
+        bits = "" if result["val/bpb"] is None else f" ({result['val/bpb']:.4f} bits/byte)"
+        return (
+            f"{result['step']} steps, {result['tokens']:,} tokens, val/loss "
+            f"{result['val/loss']:.4f} nats/token{bits}, {result['time_s']:.0f} s, "
+            f"{result['perf/tokens_per_s']:,.0f} tokens/s"
+        )
 
 
 def find_runs(pattern: str | Path | Sequence[str]) -> list[RunDir]:

@@ -1,22 +1,13 @@
 """What a sweep knows of its jobs: how each ended, told when all have."""
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-
-@dataclass
-class Outcome:
-    """How one job of a sweep ended."""
-
-    run: str
-    status: str  # done, skipped, failed
-    detail: str = ""
-    exit_code: int = 0
+from experiments.cell import Outcome
 
 
 class SweepReport(Callback):

@@ -6,8 +6,6 @@ command again skips what is finished, goes on with what is not, and refuses what
 
 import contextlib
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -15,13 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from experiments.cell import Outcome, train_cell
 from experiments.config import check_config
 from experiments.entry import REPORTED, entry, one_line
 from experiments.run_dir import RunDir
-from experiments.sweep import Outcome
-
-# exit codes of a run that was told to stop: after it saved, or before it could
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
 
 
 def train(cfg: DictConfig, overrides: Sequence[str]) -> Outcome:
@@ -29,7 +24,6 @@ def train(cfg: DictConfig, overrides: Sequence[str]) -> Outcome:
 
     Raises:
         ValueError: if the run cannot be frozen, or its folder belongs to another config.
-        KeyboardInterrupt: if it was stopped by a signal.
     """
     if cfg.data.vocab_size is None:  # the tokenizer file knows it
         from experiments.data.prepare import prepare
@@ -41,37 +35,12 @@ def train(cfg: DictConfig, overrides: Sequence[str]) -> Outcome:
     if run.finished:
         print(f"{run.name}: finished already", flush=True)
         return Outcome(str(run.path), "skipped")
-    code = run_child([sys.executable, "-m", "experiments.fit", str(run.path)])
-    if code == 0:
-        return Outcome(str(run.path), "done")
-    if code in STOPPED:
-        raise KeyboardInterrupt
-    error_file = run.path / "error.txt"
-    if code < 0:
-        reason = f"training was killed by signal {-code}"
-        reason += " (the system was out of memory?)" if -code == signal.SIGKILL else ""
-        print(f"error: {reason}; the same command goes on", file=sys.stderr, flush=True)
-        return Outcome(str(run.path), "failed", reason, 1)
-    reason = f"training ended with exit code {code}"
-    if error_file.is_file():  # its first line; the process has printed it too
-        reason = error_file.read_text(encoding="utf-8").partition("\n")[0]
-    if code == 2 and not run.manifest:
+    outcome = train_cell(run)
+    if outcome.exit_code == 2 and not run.manifest:
         shutil.rmtree(run.path)  # bad input, nothing trained: leave nothing behind
         with contextlib.suppress(OSError):  # nor an empty folder of this model
             run.path.parent.rmdir()
-    return Outcome(str(run.path), "failed", reason, code)
-
-
-def run_child(command: list[str]) -> int:
-    """Run a command to its end and return its exit code; it is told of our SIGTERM."""
-    child = subprocess.Popen(command)
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
-    try:
-        return child.wait()
-    except KeyboardInterrupt:  # the terminal told the child too; it saves and leaves
-        return child.wait()
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    return outcome
 
 
 @entry("train")

@@ -140,9 +140,9 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     run = RunDir.freeze(config(tmp_path), [])
-    with run.lock(), pytest.raises(ValueError, match="another process"), run.lock():
+    with run.claim(), pytest.raises(ValueError, match="another process"), run.claim():
         pass
-    with run.lock():  # and it is free again
+    with run.claim():  # and it is free again
         pass
 
 

@@ -243,12 +243,12 @@ def test_other_data_than_it_was_started_on_is_refused(freeze: Callable[..., RunD
 
 def test_a_run_in_training_is_left_alone(freeze: Callable[..., RunDir]) -> None:
     run = freeze()
-    with run.lock():
+    with run.claim():
         with pytest.raises(ValueError, match="another process"):
             freeze()
         with pytest.raises(RunFailed, match="another process"):
             attempt(RunDir(run.path))
-    assert sorted(p.name for p in run.path.iterdir()) == [".lock", "config.yaml"]
+    assert sorted(p.name for p in run.path.iterdir()) == [".claim.1", ".lock", "config.yaml"]
 
 
 def test_accumulation_equals_one_batch(freeze: Callable[..., RunDir]) -> None:
