@@ -1,5 +1,6 @@
 """The figures of a report: each function takes a Study and returns a Plot."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,7 @@ from analysis.study import (
     NothingToShowError,
     Study,
     best_variants,
+    budget_notes,
     groups,
     loss_of,
 )
@@ -31,32 +33,50 @@ class Plot:
     notes: list[str] = field(default_factory=list)
 
 
-@rc_context(style.STYLE)
 def loss_curves(study: Study) -> Plot:
     """Validation loss against training tokens: one line a model (mean over seeds, range shaded)."""
+    return _curves(study, "tokens", "training tokens", fmt.short)
+
+
+def loss_against_compute(study: Study) -> Plot:
+    """The same against training FLOPs: which size is lowest at which compute."""
+    plot = _curves(study, "flops", "training FLOPs", style.power_of_ten)
+    plot.notes.append(
+        "Marks: the ends of runs. The lowest line at some FLOPs tells which size would be best "
+        "there, but only marks are losses of that budget: on the way the learning rate is still "
+        "high, and a run that ends there would be lower than a line that passes."
+    )
+    return plot
+
+
+@rc_context(style.STYLE)
+def _curves(study: Study, x: str, name: str, write: Callable[[float], str]) -> Plot:
     runs, notes = best_variants(study.trained)
     loss, unit = loss_of(runs)
-    curves = study.curves[study.curves["run"].isin(runs["run"])]
+    curves = study.curves.merge(runs[["run", "flops_per_token"]], on="run")
+    curves["flops"] = curves["tokens"] * curves["flops_per_token"]
     curves = curves[curves[loss].notna() & (curves["tokens"] > 0)]
     if curves.empty:
         raise NothingToShowError(f"no metrics.csv has {loss}")
-    title = f"{family_names(runs)}: validation loss during training"
+    title = f"{family_names(runs)}: validation loss against {name}"
     about = ["mean over seeds, range shaded"] if runs["seed"].nunique() > 1 else []
-    figure, (axes,) = style.new_figure(title, _subtitle(runs, *about))
-    lines = curves.groupby(["family", "model", "parameters/total", "tokens"], sort=False)[loss]
+    figure, (axes,) = style.new_figure(title, subtitle(runs, *about))
+    lines = curves.groupby(["family", "model", "parameters/total", x], sort=False)[loss]
     means = lines.agg(["mean", "min", "max"]).reset_index()
     for (family, model, total), line in groups(means, "family", "model", "parameters/total"):
-        line = line.sort_values("tokens")
-        tokens, color = line["tokens"], model_shade(runs, family, model)
+        line = line.sort_values(x)
+        at, color = line[x], model_shade(runs, family, model)
         label = f"{fmt.family_name(family)} {fmt.short(total)}"
         dashes = "-" if family != "gpt" else (0, (5, 1.5))
-        point = style.marker(family) if len(line) == 1 else ""
-        axes.plot(tokens, line["mean"], color=color, ls=dashes, marker=point, label=label)
+        point, ends = style.marker(family), [-1] if x == "flops" or len(line) == 1 else []
+        axes.plot(
+            at, line["mean"], color=color, ls=dashes, marker=point, markevery=ends, label=label
+        )
         if (line["max"] > line["min"]).any():
-            axes.fill_between(tokens, line["min"], line["max"], color=color, alpha=0.2, lw=0)
-    style.log_axis(axes, "x", *style.margins(curves["tokens"], 0.02), fmt.short)
+            axes.fill_between(at, line["min"], line["max"], color=color, alpha=0.2, lw=0)
+    style.log_axis(axes, "x", *style.margins(curves[x], 0.02), write)
     _loss_axis(axes, runs, curves[loss], unit)
-    axes.set_xlabel("training tokens")
+    axes.set_xlabel(name)
     axes.legend(
         loc="center left", bbox_to_anchor=(1.01, 0.5), ncols=1 + (runs["model"].nunique() > 16)
     )
@@ -71,7 +91,7 @@ def scaling(study: Study) -> Plot:
     title = f"{family_names(runs)}: validation loss against parameters and training compute"
     banded = runs.groupby("family")["parameters/total"].nunique().max() >= MIN_SIZES_BAND
     more = ["shaded: 95 % prediction band"] if banded else []
-    figure, panels = style.new_figure(title, _subtitle(runs, *more), columns=2, height=4.9)
+    figure, panels = style.new_figure(title, subtitle(runs, *more), columns=2, height=4.9)
     axes_of = (
         ("parameters/total", "parameters (total)", "N", fmt.short),
         ("flops", "training FLOPs", "F", style.power_of_ten),
@@ -102,7 +122,7 @@ def scaling(study: Study) -> Plot:
         "shaded: 95 % prediction band for the mean of one more size (cut at the frame; drawn from "
         f"{MIN_SIZES_BAND} sizes up, with fewer it fills the panel). Exponents: 95 % intervals."
     )
-    return Plot(title, figure, notes)
+    return Plot(title, figure, notes + budget_notes(runs))
 
 
 @rc_context(style.STYLE)
@@ -147,7 +167,7 @@ def family_names(runs: pd.DataFrame) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _subtitle(runs: pd.DataFrame, *more: str) -> str:
+def subtitle(runs: pd.DataFrame, *more: str) -> str:
     """Data, budget and seeds that every run of the figure shares, or their range."""
     budgets, seeds = runs["tokens"], runs.groupby("model")["seed"].nunique()
     known = [c for c in ("data/name", "data/tokenizer") if c in runs]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
 REFERENCE = "gpt"  # the family that the others are compared with, and come before
 MARKS = ("config.yaml", "manifest.json", "metrics.csv", "result.json", "error.txt")
@@ -32,12 +33,15 @@ ABOUT = ["run", "model", "family", "parameters/total"]
 
 # what reading a damaged or foreign file can raise
 BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError)
+# a build of PyYAML without libyaml has only the slower one
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def load_runs(path_or_glob: str | Path) -> pd.DataFrame:
     """One row a run: manifest and result flattened with "/" (`parameters/total`, `val/bpb`), and
-    `path`, `run`, `variant` (the overrides without the seed), `status` (finished, converted,
-    running-or-interrupted, failed, unreadable) and `reason`. A converted run has no losses; its
+    `path`, `run`, `variant` (the overrides without the seed), `peak_lr` (of config.yaml, NaN where
+    it has none), `status` (finished, converted, running-or-interrupted, failed, unreadable) and
+    `reason`. A converted run has no losses; its
     `model` has the last part of its path too, for each is a model of its own.
 
     FileNotFoundError when there is no run at all."""
@@ -49,7 +53,7 @@ def load_runs(path_or_glob: str | Path) -> pd.DataFrame:
             f"no runs in {text}: give a folder (or glob) that holds run directories"
         )
     runs = pd.DataFrame([_read_run(path) for path in found])
-    for column in (*SIZES, *TRAINED, *OPTIONAL):
+    for column in (*SIZES, *TRAINED, *OPTIONAL, "peak_lr"):
         if column not in runs:
             runs[column] = np.nan
         runs[column] = pd.to_numeric(runs[column], errors="coerce")
@@ -117,7 +121,7 @@ def _read_run(path: str) -> dict[str, Any]:
             if converted:
                 return row | _converted(row, last)
             row["variant"] = ",".join(o for o in last.split(",") if not o.startswith("seed="))
-            return row | {"status": "finished"}
+            return row | {"status": "finished", "peak_lr": _peak_lr(folder / "config.yaml")}
     except (OSError, ValueError) as error:
         return row | {"status": "unreadable", "reason": one_line(error)}
     if (folder / "error.txt").exists():
@@ -137,6 +141,13 @@ def _check_finished(row: dict[str, Any], converted: bool) -> None:
         value = row.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
             raise ValueError(f"manifest.json and result.json have {key}={value!r}, not a number")
+
+
+def _peak_lr(config: Path) -> float:
+    try:
+        return float(yaml.load(config.read_text(), YAML_LOADER)["optim"]["peak_lr"])
+    except (*BROKEN, yaml.YAMLError):
+        return np.nan
 
 
 def _converted(row: dict[str, Any], last: str) -> dict[str, Any]:

@@ -130,6 +130,21 @@ def _solve_irreducible(u: Array, log_y: Array) -> Array:
     return optimize.least_squares(residuals, start, bounds=bounds, x_scale="jac").x
 
 
+def exponent_difference(mine: PowerLaw, theirs: PowerLaw) -> tuple[float, float, float]:
+    """`mine.b - theirs.b` and its 95 % interval: Welch's t, each law with its own scatter and
+    Satterthwaite's degrees of freedom. NaN ends when one of them has two sizes."""
+    difference = mine.b - theirs.b
+    laws = [(law._covariance[1, 1], law.n_sizes - len(law._covariance)) for law in (mine, theirs)]
+    if not all(freedom for _, freedom in laws):
+        return difference, np.nan, np.nan
+    total = sum(variance for variance, _ in laws)
+    if total == 0:
+        return difference, difference, difference
+    shares = sum((variance / total) ** 2 / freedom for variance, freedom in laws)
+    half = float(stdtrit(1 / shares, 0.5 + LEVEL / 2) * np.sqrt(total))
+    return difference, difference - half, difference + half
+
+
 def partners(runs: pd.DataFrame) -> dict[str, str]:
     """Each model's partner: of the reference family's (GPT's) models, trained here or converted
     like itself, the nearest in total parameters, if it differs by 10 % at most."""
@@ -146,31 +161,40 @@ def partners(runs: pd.DataFrame) -> dict[str, str]:
 
 
 def matched_pairs(runs: pd.DataFrame, loss: str) -> pd.DataFrame:
-    """One row a pair of `partners`: both sides' sizes and mean `loss`, and the gap, model minus
-    reference, with a 95 % t interval over the seeds they share. The interval is NaN for one seed,
-    and where the two were trained differently (`note` says how): nothing but the model may differ
-    in a pair of runs."""
+    """One row a pair of `partners`: both sides' sizes, tokens, peak rate and mean `loss`, and the
+    gap, model minus reference, with a 95 % t interval over the seeds they share, in the unit of the
+    loss and (`percent`, ...) of the reference's. The interval is NaN for one seed, and where the
+    two were trained differently (`note` says how): nothing but the model, and a peak learning rate
+    that was chosen in the same way for both, may differ in a pair of runs."""
     rows = []
     for model, partner in partners(runs).items():
         mine, theirs = runs[runs["model"] == model], runs[runs["model"] == partner]
         row = {"family": mine["family"].iloc[0], "model": model, "reference": partner}
-        for measure in SIZES:
+        for measure in [*SIZES, "tokens", "peak_lr"]:
             row[measure] = mine[measure].iloc[0]
             row[f"reference/{measure}"] = theirs[measure].iloc[0]
         row["loss"], row["reference/loss"] = mine[loss].mean(), theirs[loss].mean()
         for side, part in (("", mine), ("reference/", theirs)):
             row[f"{side}n_variants"] = part["n_variants"].iloc[0]
         unlike = _differences(mine.iloc[0], theirs.iloc[0])
-        gap = seed_gap(mine.groupby("seed")[loss].mean(), theirs.groupby("seed")[loss].mean())
+        sides = [side.groupby("seed")[loss].mean() for side in (mine, theirs)]
+        gap, ratio = seed_gap(*sides), seed_gap(*(np.log(side) for side in sides))
+        for key in ("gap", "gap_low", "gap_high"):
+            gap[key.replace("gap", "percent")] = 100 * float(np.expm1(ratio[key]))
         if unlike:
             note = f"not alike in {', '.join(unlike)}: no interval"
-            gap |= {"gap_low": np.nan, "gap_high": np.nan, "note": note}
+            ends = ("gap_low", "gap_high", "percent_low", "percent_high")
+            gap |= dict.fromkeys(ends, np.nan) | {"note": note}
         rows.append(row | gap)
     return pd.DataFrame(rows)
 
 
 def _differences(mine: pd.Series, theirs: pd.Series) -> list[str]:
-    sides = [(c.split("/")[-1], fmt.text(mine[c]), fmt.text(theirs[c])) for c in CONDITIONS]
+    columns = [*CONDITIONS, "budget_tokens"]
+    # the recipe may choose the rates, or the same search; else nobody knows what did
+    if mine["variant"] != theirs["variant"] and mine["tried"] != theirs["tried"]:
+        columns.append("peak_lr")
+    sides = [(c.split("/")[-1], fmt.text(mine[c]), fmt.text(theirs[c])) for c in columns]
     return [f"{name} ({a} / {b})" for name, a, b in sides if a != b]
 
 

@@ -11,11 +11,11 @@ import pandas as pd
 from analysis import formats as fmt
 from analysis.evaluations import GENERATION_PROTOCOL, load_generation, load_scores
 from analysis.runs import CONDITIONS, load_curves, load_runs
+from analysis.scaling import partners
 
 SAME = {
     "data/fingerprint": "data fingerprint",
     "data/tokenizer_hash": "tokenizer",
-    "budget_tokens": "token budget",
     "ctx_len": "context length",
     "batch_size": "batch size",
     "data/seed": "data seed",
@@ -50,8 +50,8 @@ def load_study(path: str | Path, allow_mixed: bool = False) -> Study:
     """Everything under `path` (a suite's folder or a glob).
 
     ValueError when no run has finished or, unless `allow_mixed`, when trained runs differ in data
-    and the order of it, tokenizer, token budget or batch, or any runs in how they were scored or
-    timed."""
+    and the order of it, tokenizer or batch, those of a matched pair in token budget, or any runs in
+    how they were scored or timed."""
     runs = load_runs(path)
     is_done = runs["status"].isin(["finished", "converted"])
     done = runs[is_done].reset_index(drop=True)
@@ -82,8 +82,8 @@ def loss_of(runs: pd.DataFrame) -> tuple[str, str]:
 
 def best_variants(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Of a model whose runs differ in more than the seed, only the variant of lowest mean loss, and
-    a line that says so: repeats differ in nothing but the seed. `n_variants` is how many the model
-    has."""
+    a line that says so: repeats differ in nothing but the seed. `tried` names the variants the
+    model has, `n_variants` is how many."""
     loss, _ = loss_of(runs)
     kept, notes = [], []
     for model, group in runs.groupby("model", sort=False):
@@ -95,8 +95,20 @@ def best_variants(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
             told = [at for at, c in enumerate(CONDITIONS, 1) if group[c].nunique(dropna=False) > 1]
             name = ", ".join([best[0] or "no overrides", *(best[at] for at in told)])
             notes.append(f"{model}: best of {len(means)} variants by {loss}: {name}.")
-        kept.append(group[variant == best].assign(n_variants=len(means)))
+        tried = "; ".join(sorted(",".join(v) for v in means.index))
+        kept.append(group[variant == best].assign(n_variants=len(means), tried=tried))
     return pd.concat(kept, ignore_index=True), notes
+
+
+def budget_notes(runs: pd.DataFrame) -> list[str]:
+    """A line for what compares sizes, when they were not trained on equally many tokens."""
+    low, high = runs["tokens"].min(), runs["tokens"].max()
+    if fmt.short(low) == fmt.short(high):
+        return []
+    return [
+        f"Token budgets differ between sizes ({fmt.short(low)} to {fmt.short(high)}), not within a "
+        "pair: what is fitted across sizes holds along this path of sizes and budgets."
+    ]
 
 
 def groups(frame: pd.DataFrame, *keys: str) -> Iterator[tuple[Any, pd.DataFrame]]:
@@ -134,6 +146,11 @@ def mean_scores(scores: pd.DataFrame) -> pd.DataFrame:
 def _refuse_mixed(runs: pd.DataFrame, scores: pd.DataFrame, generation: pd.DataFrame) -> None:
     for column, name in SAME.items():
         _refuse(runs[runs[column].notna()], column, name)  # old manifests lack some
+    partner = partners(runs)
+    for model in runs["model"].unique():
+        pair = list(dict.fromkeys((model, partner.get(model, model))))
+        name = f"token budget of {' and '.join(pair)}"
+        _refuse(runs[runs["model"].isin(pair)], "budget_tokens", name)
     for task, group in scores.groupby("task"):
         for column in protocol_columns(group):
             _refuse(group, column, f"{column.removeprefix('protocol/')} of {task}")

@@ -11,6 +11,7 @@ from analysis.study import (
     NothingToShowError,
     Study,
     best_variants,
+    budget_notes,
     groups,
     loss_of,
 )
@@ -33,7 +34,7 @@ def runs_overview(study: Study) -> Table:
         ("parameters", cell("parameters/total", fmt.short)),
         ("non-embedding", cell("parameters/non_embedding", fmt.short)),
         ("FLOPs/token", cell("flops_per_token", fmt.flops)),
-        ("tokens", cell("tokens", fmt.short)),
+        ("tokens (per non-emb.)", _tokens),
         *(
             (f"val {unit[key]}", cell(key, lambda x: fmt.fixed(x, 4)))
             for key in ("val/loss", "val/bpb")
@@ -43,6 +44,7 @@ def runs_overview(study: Study) -> Table:
         ("MFU", cell("perf/mfu", fmt.percent)),
         ("peak memory", cell("perf/peak_mem_bytes", fmt.size_bytes)),
         ("time", cell("time_s", fmt.seconds)),
+        *([("peak lr", cell("peak_lr", _rate))] if runs["peak_lr"].notna().any() else []),
         *(
             (key.replace("recipe/", ""), cell(key, fmt.text))
             for key in CONDITIONS
@@ -50,7 +52,7 @@ def runs_overview(study: Study) -> Table:
         ),
     ]
     keep = ["run", "model", "family", "variant", "seed", *SIZES, "tokens", "flops"]
-    keep += ["val/loss", "val/bpb", *SPEED, "time_s", *CONDITIONS]
+    keep += ["val/loss", "val/bpb", *SPEED, "time_s", "peak_lr", *CONDITIONS]
     return Table("Runs", runs[keep], columns, [LAST_STEP])
 
 
@@ -71,6 +73,7 @@ def matched_pairs(study: Study) -> Table:
         ("parameters", lambda r: _both(r, "parameters/total", fmt.short)),
         ("non-embedding", lambda r: _both(r, "parameters/non_embedding", fmt.short)),
         ("FLOPs/token", lambda r: _both(r, "flops_per_token", fmt.flops)),
+        ("tokens (per non-emb.)", _tokens),
         (f"val {unit}", lambda r: _both(r, "loss", lambda x: fmt.fixed(x, 4))),
         (
             "gap [95 % interval]",
@@ -84,6 +87,13 @@ def matched_pairs(study: Study) -> Table:
         notes.append(
             "Of the variants tried the best is shown, chosen by this same loss: the gap favours "
             "the side with more of them."
+        )
+    if pairs[["peak_lr", "reference/peak_lr"]].notna().any(axis=None):
+        columns.insert(-3, ("peak lr", lambda r: _both(r, "peak_lr", _rate)))
+    if (pairs["peak_lr"] != pairs["reference/peak_lr"])[pairs["peak_lr"].notna()].any():
+        notes.append(
+            "Peak learning rates differ within pairs: each model has the one that its recipe or "
+            "the same search for both sides chose."
         )
     notes.append(
         "Left and right of each slash: the model and the GPT nearest in total parameters, within "
@@ -130,11 +140,11 @@ def scaling_fits(study: Study) -> Table:
         "interval has as many degrees of freedom as sizes beyond the coefficients. Final losses "
         "at the budgets shown under Runs, not a compute-optimal frontier."
     )
-    return Table("Scaling fits", pd.DataFrame(rows), columns, notes)
+    return Table("Scaling fits", pd.DataFrame(rows), columns, notes + budget_notes(runs))
 
 
 def training_throughput(study: Study) -> Table:
-    """Training speed and memory per model: median over runs."""
+    """Training speed and memory per model: median over runs, and the range of speeds."""
     runs = study.trained
     if runs["perf/tokens_per_s"].isna().all():
         raise NothingToShowError("no run recorded perf/tokens_per_s")
@@ -144,12 +154,16 @@ def training_throughput(study: Study) -> Table:
     keys = ["family", "model", "parameters/total", "device/type", "device/name", "device/n_threads"]
     keys += ["precision", "wkv_backend"]
     numbers = ["flops_per_token", *SPEED]
-    frame = runs.groupby(keys, dropna=False, sort=False)[numbers].median().reset_index()
+    alike = runs.groupby(keys, dropna=False, sort=False)
+    frame = alike[numbers].median()
+    speeds = alike["perf/tokens_per_s"]
+    frame = frame.assign(slowest=speeds.min(), fastest=speeds.max(), n_runs=alike.size())
+    frame = frame.reset_index()
     columns: list[Column] = [
         ("model", cell("model")),
         ("parameters", cell("parameters/total", fmt.short)),
         ("FLOPs/token", cell("flops_per_token", fmt.flops)),
-        ("tokens/s", cell("perf/tokens_per_s", fmt.short)),
+        ("tokens/s [range of runs]", _speed),
         ("FLOP/s", lambda r: fmt.flops(r["perf/tokens_per_s"] * r["flops_per_token"])),
         ("MFU", cell("perf/mfu", fmt.percent)),
         ("peak memory", cell("perf/peak_mem_bytes", fmt.size_bytes)),
@@ -160,7 +174,11 @@ def training_throughput(study: Study) -> Table:
         ),
         ("device", _device),
     ]
-    return Table("Training throughput", frame, columns, ["Median over runs of each run's median."])
+    notes = [
+        "Median over runs of each run's median; beside it the slowest and the fastest run. Peak "
+        "memory: on a CPU of the whole process, PyTorch itself included."
+    ]
+    return Table("Training throughput and memory", frame, columns, notes)
 
 
 def left_out(study: Study) -> Table:
@@ -173,6 +191,22 @@ def left_out(study: Study) -> Table:
 
 def _both(row: pd.Series, key: str, write: Callable[[float], str]) -> str:
     return f"{write(row[key])} / {write(row[f'reference/{key}'])}"
+
+
+def _tokens(row: pd.Series) -> str:
+    per = fmt.short(row["tokens"] / row["parameters/non_embedding"])
+    return f"{fmt.short(row['tokens'])} ({per})"
+
+
+def _rate(x: float) -> str:
+    return f"{x:g}" if x > 0 else fmt.MISSING
+
+
+def _speed(row: pd.Series) -> str:
+    text, n = fmt.short(row["perf/tokens_per_s"]), row["n_runs"]
+    if not n > 1:
+        return text
+    return f"{text} [{fmt.short(row['slowest'])}, {fmt.short(row['fastest'])}] ({n})"
 
 
 def _device(row: pd.Series) -> str:

@@ -20,11 +20,11 @@ from analysis.study import load_study
 planted = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted.py"))))
 CONTENTS = dict(OmegaConf.load(report.CONF / "report" / "default.yaml").contents)
 FIGURES = {
-    "scaling", "loss_curves", "throughput", "generation", "benchmarks_by_parameters",
-    "benchmarks_by_flops", "benchmarks_mean",
+    "scaling", "loss_gap", "loss_curves", "loss_against_compute", "throughput", "generation",
+    "benchmarks_by_parameters", "benchmarks_by_flops", "benchmarks_mean",
 }  # fmt: skip
-# small models have one task of accuracy, no published likes and no documents
-SHOWN = set(CONTENTS) - {"benchmarks_mean", "published_gap", "comparisons"}
+# three small sizes have one task of accuracy, no published likes, no documents and none to hold out
+SHOWN = set(CONTENTS) - {"benchmarks_mean", "published_gap", "comparisons", "held_out_size"}
 
 
 @pytest.fixture(scope="module")
@@ -206,9 +206,9 @@ def test_one_run_without_evaluation_still_makes_a_report(tmp_path: Path) -> None
     index, text = report.build("demo", tmp_path, CONTENTS, allow_mixed=False)
     absent = {line.split(": ")[1] for line in text.splitlines() if line.startswith("not shown")}
     assert absent == {
-        "matched_pairs", "scaling_fits", "benchmarks_by_parameters", "benchmarks_by_flops",
-        "benchmarks_mean", "benchmark_scores", "comparisons", "published_gap", "generation",
-        "generation_cost", "left_out",
+        "matched_pairs", "loss_gap", "scaling_fits", "exponents", "held_out_size",
+        "benchmarks_by_parameters", "benchmarks_by_flops", "benchmarks_mean", "benchmark_scores",
+        "comparisons", "published_gap", "generation", "generation_cost", "left_out",
     }  # fmt: skip
     assert (index.parent / "scaling.png").exists()
 

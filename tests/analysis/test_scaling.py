@@ -99,6 +99,8 @@ def runs_frame(*rows: tuple[str, str, float, int, float]) -> pd.DataFrame:
     frame["flops_per_token"] = frame["parameters/total"] * 6
     frame["n_variants"], frame["status"] = 1, "finished"
     frame[CONDITIONS] = ["shared", "shared", "32-true"]
+    frame[["tokens", "budget_tokens", "peak_lr"]] = 1e6, 1e6, 1e-3
+    frame["variant"], frame["tried"] = "", ""
     return frame
 
 

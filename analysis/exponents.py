@@ -1,0 +1,100 @@
+"""Do the families' power laws differ, and does a law foretell the size it has not seen?"""
+
+import pandas as pd
+
+from analysis import formats as fmt
+from analysis import scaling
+from analysis.runs import REFERENCE
+from analysis.study import NothingToShowError, Study, best_variants, budget_notes, groups, loss_of
+from analysis.table import Column, Table, cell
+from analysis.tables import X_NAMES
+
+MIN_SIZES = 3  # of a fit with an interval
+
+
+def exponents(study: Study) -> Table:
+    """The difference of each family's exponent from the GPT's, with its interval."""
+    runs, notes = best_variants(study.trained)
+    loss, unit = loss_of(runs)
+    by_family = dict(groups(runs, "family"))
+    rows = []
+    for family, group in by_family.items():
+        for x, name in X_NAMES.items() if family != REFERENCE and REFERENCE in by_family else ():
+            sides = [group, by_family[REFERENCE]]
+            if min(side[x].nunique() for side in sides) < MIN_SIZES:
+                continue
+            mine, theirs = (scaling.fit_power_law(side[x], side[loss]) for side in sides)
+            difference, low, high = scaling.exponent_difference(mine, theirs)
+            about = {"family": family, "x": name, "b": mine.b, "reference/b": theirs.b}
+            about |= {"n_sizes": mine.n_sizes, "reference/n_sizes": theirs.n_sizes}
+            rows.append(about | {"difference": difference, "low": low, "high": high})
+    if not rows:
+        raise NothingToShowError(f"no family has {MIN_SIZES} sizes beside {MIN_SIZES} of a GPT")
+    columns: list[Column] = [
+        ("family", cell("family", fmt.family_name)),
+        ("x", cell("x")),
+        ("b", cell("b", fmt.fixed)),
+        ("b of the GPT", cell("reference/b", fmt.fixed)),
+        (
+            "difference [95 % interval]",
+            lambda r: fmt.interval(r["difference"], r["low"], r["high"], 3, "+"),
+        ),
+        ("sizes", lambda r: f"{r['n_sizes']} / {r['reference/n_sizes']}"),
+        ("falls faster with x", _faster),
+    ]
+    notes.append(
+        f"Loss in {unit}, a x^-b over size means. Difference of b: Welch's t interval, from the "
+        "scatter of sizes around each law. Where a law bends, its scatter is that bend, and the "
+        "interval is about these sizes only."
+    )
+    return Table("Exponents compared", pd.DataFrame(rows), columns, notes + budget_notes(runs))
+
+
+def held_out_size(study: Study) -> Table:
+    """Each family's largest size beside what the law of its smaller sizes foretells for it."""
+    runs, notes = best_variants(study.trained)
+    loss, unit = loss_of(runs)
+    rows = []
+    for family, group in groups(runs, "family"):
+        largest = group["parameters/total"] == group["parameters/total"].max()
+        for x, name in X_NAMES.items():
+            seen, held_out = group[~largest], group[largest]
+            if seen[x].nunique() < MIN_SIZES:
+                continue
+            law = scaling.fit_power_law(seen[x], seen[loss])
+            predicted, low, high = (float(v) for v in law.predict(held_out[x].mean()))
+            about = {"family": family, "x": name, "model": held_out["model"].iloc[0]}
+            about |= {"n_sizes": law.n_sizes, "n_runs": len(held_out), "note": law.note}
+            about |= {"predicted": predicted, "low": low, "high": high}
+            rows.append(about | {"measured": float(held_out[loss].mean())})
+    if not rows:
+        raise NothingToShowError(f"no family has {MIN_SIZES + 1} sizes")
+    frame = pd.DataFrame(rows)
+    frame["inside"] = frame["measured"].between(frame["low"], frame["high"])
+    columns: list[Column] = [
+        ("family", cell("family", fmt.family_name)),
+        ("held out", cell("model")),
+        ("x", cell("x")),
+        ("fitted to", lambda r: f"{r['n_sizes']} smaller sizes"),
+        (
+            "foretold [95 % band]",
+            lambda r: fmt.interval(r["predicted"], r["low"], r["high"], 4),
+        ),
+        ("measured", lambda r: f"{r['measured']:.4f} ({r['n_runs']} runs)"),
+        ("measured / foretold", lambda r: f"{100 * (r['measured'] / r['predicted'] - 1):+.2f} %"),
+        ("within the band", lambda r: "yes" if r["inside"] else "no"),
+        ("note", lambda r: r["note"] or fmt.MISSING),
+    ]
+    notes.append(
+        f"Loss in {unit}. The largest size of a family is left out, a x^-b is fitted to the means "
+        "of the others, and the band is where one more size's mean should fall. A wide band holds "
+        "much: within it is no proof of the law, outside it speaks against it."
+    )
+    title = "The largest size, foretold by the smaller ones"
+    return Table(title, frame, columns, notes + budget_notes(runs))
+
+
+def _faster(row: pd.Series) -> str:
+    if not (row["low"] > 0 or row["high"] < 0):
+        return "not told apart"
+    return fmt.family_name(row["family"] if row["difference"] > 0 else REFERENCE)
