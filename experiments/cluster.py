@@ -1,0 +1,279 @@
+"""The cells of a sweep as jobs of a cluster: SLURM or local processes through submitit, or Ray.
+
+A job is told one thing, the run directory that it trains. Everything else is in the frozen config,
+so jobs need nothing of the process that submitted them, which may end at any time. The keys of
+``hydra/launcher`` are those of Hydra's submitit launcher; its own ``launch`` is not used, because
+it forgets all other jobs at the first one that fails, and which jobs there are when it ends.
+"""
+
+import getpass
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.cell import COMMAND, Outcome, train_cell
+from experiments.claim import DEAD_S, holder
+from experiments.config import plain
+from experiments.run_dir import RunDir, write_json
+
+SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
+POLL_S = 2.0  # between two looks at results
+SQUEUE_S = 15.0  # between two questions to SLURM, which has other users
+GONE_S = 5.0  # a job missing for as long has ended, and what it wrote can be seen here
+
+
+def launch(cells: Sequence[RunDir], config: DictConfig) -> list[Outcome]:
+    """Train frozen cells by the engine that ``hydra/launcher`` names, and wait for all of them.
+
+    Raises:
+        ValueError: for another launcher, or if the engine refuses its settings.
+        KeyboardInterrupt: on Ctrl-C; jobs of SLURM go on by themselves.
+    """
+    launcher = plain(config.hydra.launcher)
+    target = launcher.pop("_target_")
+    fail_fast = bool(config.get("fail_fast"))
+    if target == f"{SUBMITIT}.SlurmLauncher":
+        if config.get("dry_run"):
+            print(script(len(cells), launcher))
+            return [Outcome(str(run.path), "waiting") for run in cells]
+        return on_slurm(cells, launcher, fail_fast)
+    if target == f"{SUBMITIT}.LocalLauncher":
+        return on_this_machine(cells, launcher)
+    if target == "experiments.ray_tasks.launch":
+        from experiments import ray_tasks
+
+        return ray_tasks.launch(cells, **launcher["ray"], fail_fast=fail_fast)
+    raise ValueError(
+        f"hydra/launcher {target} is not supported: use slurm, ray or submitit_local, or leave it "
+        "out and set jobs=N for processes of this machine"
+    )
+
+
+class Job:
+    """What a job of submitit runs: one cell to its end, from where it was."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self) -> None:
+        if int(os.environ.get("SLURM_PROCID", "0")) > 0:  # another rank of the same run
+            os.execv(COMMAND[0], [*COMMAND, self.path])
+        outcome = train_when_free(RunDir(self.path))
+        print(f"{self.path}: {outcome.status} {outcome.detail}", flush=True)
+        if outcome.status == "requeue":  # now, when the run has saved, submitit may do its part
+            import submitit
+
+            number = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
+            signal.getsignal(number)(number, None)  # type: ignore[operator, misc]
+        (RunDir(self.path).path / "queued.json").unlink(missing_ok=True)
+        if outcome.exit_code:
+            sys.exit(outcome.exit_code)
+
+    def checkpoint(self) -> Any:
+        """What submitit's handler of the signal submits anew: the same, for the run has saved."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def train_when_free(run: RunDir) -> Outcome:
+    """`train_cell`, as soon as an earlier job of the same cell that has died lets go of the run."""
+    start = time.monotonic()
+    while True:
+        outcome = train_cell(run)
+        if outcome.status != "elsewhere" or time.monotonic() - start > DEAD_S + 20:
+            return outcome
+        time.sleep(POLL_S)
+
+
+def executor(cluster: str, launcher: dict[str, Any]) -> Any:
+    """A submitit executor ("slurm" or "local") with the settings of a ``hydra/launcher``.
+
+    Raises:
+        ValueError: if submitit does not know one of them, or there is no SLURM.
+    """
+    import submitit
+    from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+
+    settings = {key: value for key, value in launcher.items() if value is not None}
+    folder = settings.pop("submitit_folder")
+    timeouts = {f"{cluster}_{k}": settings.pop(k) for k in ["max_num_timeout"] if k in settings}
+    shared = OmegaConf.structured(BaseQueueConf)
+    try:
+        made = submitit.AutoExecutor(folder, cluster=cluster, **timeouts)
+        made.update_parameters(
+            **{k if k in shared else f"{cluster}_{k}": value for k, value in settings.items()}
+        )
+    except (RuntimeError, NameError, AssertionError) as error:
+        raise ValueError(f"hydra.launcher: {str(error).splitlines()[0]}") from None
+    return made
+
+
+def script(n_cells: int, launcher: dict[str, Any]) -> str:
+    """The script that sbatch would get for so many cells, made without asking SLURM."""
+    import submitit
+
+    class Printer(submitit.SlurmExecutor):
+        @classmethod
+        def affinity(cls) -> int:
+            return 1
+
+    made = Printer(launcher["submitit_folder"])
+    settings = {k: v for k, v in launcher.items() if v is not None}
+    for key in ("submitit_folder", "max_num_timeout"):
+        settings.pop(key, None)
+    made.update_parameters(**made._convert_parameters(settings))
+    if n_cells > 1:
+        made.parameters["map_count"] = n_cells
+    return made._make_submission_file_text(made._submitit_command_str, "dry_run")
+
+
+def on_slurm(cells: Sequence[RunDir], launcher: dict[str, Any], fail_fast: bool) -> list[Outcome]:
+    """Submit the cells that are not in the queue yet as one array, and wait for all."""
+    jobs = {str(run.path): queued_job(run) for run in cells}
+    alive = in_queue([job for job in jobs.values() if job])
+    new = [run for run in cells if not jobs[str(run.path)] or jobs[str(run.path)] not in alive]
+    if len(new) < len(cells):
+        print(f"sweep: {len(cells) - len(new)} cells are in SLURM's queue already", flush=True)
+    if new:
+        for run, job in zip(new, submit("slurm", new, launcher), strict=True):
+            jobs[str(run.path)] = job.job_id
+            (run.path / "error.txt").unlink(missing_ok=True)  # of the attempt before
+            write_json(
+                run.path / "queued.json",
+                {
+                    "engine": "slurm",
+                    "job": job.job_id,
+                    "host": platform.node(),
+                    "user": getpass.getuser(),
+                    "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+                },
+            )
+    try:
+        return wait(cells, jobs, in_queue, cancel if fail_fast else None)
+    except KeyboardInterrupt:
+        print(
+            "sweep: the jobs go on without this process; the same command looks after them "
+            "again, and scancel ends them",
+            file=sys.stderr,
+        )
+        raise
+
+
+def on_this_machine(cells: Sequence[RunDir], launcher: dict[str, Any]) -> list[Outcome]:
+    """All cells at once, as submitit's local processes."""
+    jobs = submit("local", cells, launcher)
+    ids = {str(run.path): job.job_id for run, job in zip(cells, jobs, strict=True)}
+    return wait(cells, ids, lambda _: {job.job_id for job in jobs if not job.done()})
+
+
+def submit(cluster: str, cells: Sequence[RunDir], launcher: dict[str, Any]) -> list[Any]:
+    """One job a cell; on SLURM an array.
+
+    Raises:
+        ValueError: if the cluster refuses them.
+    """
+    import submitit
+
+    queue = executor(cluster, launcher)
+    try:
+        with queue.batch():
+            jobs = [queue.submit(Job(str(run.path))) for run in cells]
+    except submitit.core.utils.FailedJobError as error:
+        raise ValueError(f"sbatch: {' '.join(str(error).split())}") from None
+    first = jobs[0].job_id.partition("_")[0]
+    print(f"sweep: {len(jobs)} cells submitted, job {first}; logs: {jobs[0].paths.folder.parent}")
+    sys.stdout.flush()
+    return jobs
+
+
+def queued_job(run: RunDir) -> str | None:
+    """The SLURM job that a run was last submitted as, or None."""
+    try:
+        return str(json.loads((run.path / "queued.json").read_text(encoding="utf-8"))["job"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None  # damaged: it is submitted again, and of two jobs the claim stops one
+
+
+def in_queue(jobs: Collection[str]) -> set[str]:
+    """Those of the jobs that SLURM has: waiting, running, or between two starts.
+
+    If SLURM does not answer, all of them: nothing is known to have ended.
+    """
+    if not jobs:
+        return set()
+    numbers = sorted({job.partition("_")[0] for job in jobs})
+    command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={','.join(numbers)}"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return set(jobs)
+    if answer.returncode:
+        gone = "Invalid job id" in answer.stderr  # so it says if it knows none of them any more
+        return set() if gone else set(jobs)
+    return set(answer.stdout.split()) & set(jobs)
+
+
+def cancel(jobs: Collection[str]) -> None:
+    """End jobs; a running one saves first."""
+    subprocess.run(["scancel", "--quiet", *jobs], timeout=60)
+
+
+def wait(
+    cells: Sequence[RunDir],
+    jobs: dict[str, str | None],
+    alive: Callable[[Collection[str]], set[str]],
+    cancel_others: Callable[[Collection[str]], None] | None = None,
+) -> list[Outcome]:
+    """Look after jobs until each of their cells has an outcome; in the order of the cells.
+
+    Args:
+        jobs: the job of each run, by its path.
+        alive: which of some jobs have not ended.
+        cancel_others: what is done with the jobs that are left when a cell fails.
+    """
+    outcomes: dict[str, Outcome] = {}
+    gone: dict[str, float] = {}
+    asked = float("-inf")
+    while True:
+        left = [run for run in cells if str(run.path) not in outcomes]
+        if time.monotonic() - asked >= (GONE_S if gone else SQUEUE_S):
+            living = alive([job for run in left if (job := jobs[str(run.path)])])
+            asked = time.monotonic()
+            now_gone = [str(run.path) for run in left if jobs[str(run.path)] not in living]
+            gone = {path: gone.get(path, asked) for path in now_gone}
+        for run in left:
+            path = str(run.path)
+            if run.finished or asked - gone.get(path, asked) >= GONE_S:
+                outcomes[path] = outcome = judge(run, jobs[path])
+                print(f"{run.name}: {outcome.status} {outcome.detail}".rstrip(), flush=True)
+                if outcome.status == "failed" and cancel_others and len(outcomes) < len(cells):
+                    cancel_others([job for p, job in jobs.items() if p not in outcomes and job])
+                    cancel_others = None
+        if len(outcomes) == len(cells):
+            return [outcomes[str(run.path)] for run in cells]
+        time.sleep(POLL_S)
+
+
+def judge(run: RunDir, job: str | None) -> Outcome:
+    """What a cell whose job has ended came to, by what is in its directory."""
+    path = str(run.path)
+    if run.finished:
+        (run.path / "queued.json").unlink(missing_ok=True)
+        return Outcome(path, "done", run.summary())
+    who = holder(run.path)
+    if who is not None:
+        return Outcome(path, "elsewhere", f"another process is training {run.path} ({who})")
+    error_file = run.path / "error.txt"
+    if error_file.is_file():
+        reason = error_file.read_text(encoding="utf-8").partition("\n")[0]
+        return Outcome(path, "failed", reason, 1)
+    return Outcome(path, "interrupted", f"job {job} ended before it; the same command goes on", 1)

@@ -1,0 +1,88 @@
+"""The cells of a sweep as tasks of Ray: on this machine, or on a cluster that shares the folders.
+
+Hydra has a Ray launcher. It is not used: it forgets all other cells when one worker dies, and it
+wants boto3 and an older cloudpickle.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.cell import Outcome
+from experiments.run_dir import RunDir
+
+
+def launch(
+    cells: Sequence[RunDir], init: dict[str, Any], remote: dict[str, Any], fail_fast: bool
+) -> list[Outcome]:
+    """Train cells as tasks of Ray and wait for them; the outcomes in the order of the cells.
+
+    A task whose worker dies is tried again by Ray, from the cell's last checkpoint. If this process
+    ends, Ray ends its tasks, which save first.
+
+    Args:
+        init: arguments of ``ray.init``.
+        remote: arguments of ``ray.remote``; `num_gpus` null is one where there is any.
+        fail_fast: if a cell fails, tell the others to save and stop.
+
+    Raises:
+        ValueError: if Ray is not installed, not to be reached, or has not what a task asks for.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("hydra/launcher=ray needs Ray: pip install -e '.[ray]'") from None
+    try:
+        ray.init(**init)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"Ray cannot be reached with {init}: {str(error).splitlines()[0]}"
+        ) from None
+    try:
+        has = ray.cluster_resources()
+        if remote.get("num_gpus") is None:
+            remote = {**remote, "num_gpus": 1 if has.get("GPU") else 0}
+        for name, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+            if (remote.get(key) or 0) > has.get(name, 0):
+                raise ValueError(
+                    f"hydra.launcher.ray.remote.{key} is {remote[key]}, but the cluster has "
+                    f"{has.get(name, 0):g}"
+                )
+        task = ray.remote(**remote)(train)
+        folder = os.getcwd()
+        tasks = {task.remote(folder, str(run.path)): run for run in cells}
+        return collect(tasks, fail_fast)
+    finally:
+        ray.shutdown()
+
+
+def train(folder: str, path: str) -> Outcome:
+    """What a worker runs: one cell, with paths as where the sweep was started."""
+    from experiments.cluster import train_when_free
+
+    os.chdir(folder)
+    return train_when_free(RunDir(path))
+
+
+def collect(tasks: dict[Any, RunDir], fail_fast: bool) -> list[Outcome]:
+    """Wait for all tasks; one that Ray gave up is a failed cell."""
+    import ray
+
+    outcomes: dict[Any, Outcome] = {}
+    left = list(tasks)
+    while left:
+        ended, left = ray.wait(left)
+        for one in ended:
+            run = tasks[one]
+            try:
+                outcome = ray.get(one)
+            except ray.exceptions.TaskCancelledError:
+                outcome = Outcome(str(run.path), "interrupted", "fail_fast: never started", 1)
+            except ray.exceptions.RayError as error:
+                outcome = Outcome(str(run.path), "failed", f"Ray: {str(error).splitlines()[0]}", 1)
+            outcomes[one] = outcome
+            print(f"{run.name}: {outcome.status} {outcome.detail}".rstrip(), flush=True)
+            if outcome.status == "failed" and fail_fast:
+                for other in left:
+                    ray.cancel(other)
+    return [outcomes[one] for one in tasks]
