@@ -95,7 +95,7 @@ def _draw(axes: Axes, group: pd.DataFrame, family: str, key: str) -> Trend | Non
     ends = np.abs(group[[f"{key}_low", f"{key}_high"]].to_numpy(float).T - gap.to_numpy())
     axes.errorbar(
         group[SIZE], gap, np.nan_to_num(ends), color=color, marker=style.marker(family), ls="",
-        ms=7.5, mec="white", capsize=3, elinewidth=1.4, zorder=3, label=fmt.family_name(family),
+        ms=5.5, capsize=4, elinewidth=1.4, zorder=3, label=fmt.family_name(family),
     )  # fmt: skip
     trend = gap_trend(group[SIZE], gap)
     if trend is not None:

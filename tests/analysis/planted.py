@@ -61,9 +61,11 @@ def write_run(
     n_rows: int = 20,
     accuracy: float = 0.4,
     about: dict[str, Any] | None = None,
+    peak_lr: float = 1e-3,
 ) -> Path:
     """One finished run with evaluation and generation cost; its last validation loss is `bpb`.
-    `data` and `about` replace entries of the manifest's data and of the manifest."""
+    `data` and `about` replace entries of the manifest's data and of the manifest; a budget is
+    trained to its end, and an override of the peak rate is in the config."""
     family, n_layer, n_embd, total, non_embedding, planted = MODELS[model]
     bpb = planted if bpb is None else bpb
     tag = f"seed={seed}" + (f",{overrides}" if overrides else "")
@@ -71,7 +73,8 @@ def write_run(
     run.mkdir(parents=True)
     flops_per_token = 6 * non_embedding + (0 if family == "rwkv4" else 12 * n_layer * n_embd * 128)
     speed = 4e10 / flops_per_token
-    (run / "config.yaml").write_text(f"seed: {seed}\n")
+    rate = overrides.partition("optim.peak_lr=")[2].partition(",")[0] or peak_lr
+    (run / "config.yaml").write_text(f"optim:\n  peak_lr: {rate}\nseed: {seed}\n")
     about_data = {
         "name": "stdlib", "path": "data/stdlib-1a2b3c4d", "fingerprint": "f" * 16,
         "tokenizer": "bytes", "tokenizer_hash": "a" * 16, "vocab_size": 256,
@@ -92,10 +95,12 @@ def write_run(
         "device": {"type": "cpu", "name": "Some CPU", "n_devices": 1, "n_threads": 2,
                    "peak_flops": 1e11, "peak_source": "measured"},
     }  # fmt: skip
-    write_json(run / "manifest.json", manifest | (about or {}))
+    manifest |= about or {}
+    budget = manifest["budget_tokens"]
+    write_json(run / "manifest.json", manifest)
     lines = [HEADER]
     for i in range(1, n_rows + 1):
-        tokens = TOKENS * i // n_rows
+        tokens = budget * i // n_rows
         loss = bpb + 1.6 * (1 - i / n_rows) / (0.15 + i / n_rows)
         head = f"{i * 10},{tokens},{tokens / speed:.3f},0.001"
         lines.append(f"{head},{(loss + 0.05) * math.log(2):.5f},0.8,,,{speed:.1f},0.4,200000000")
@@ -104,8 +109,8 @@ def write_run(
     nats = bpb * math.log(2)
     best = {"step": n_rows * 10, "val/loss": nats, "val/bpb": bpb}
     result = {
-        "step": n_rows * 10, "tokens": TOKENS, "flops": TOKENS * flops_per_token,
-        "time_s": TOKENS / speed, "train/loss": nats, "val/loss": nats, "val/bpb": bpb,
+        "step": n_rows * 10, "tokens": budget, "flops": budget * flops_per_token,
+        "time_s": budget / speed, "train/loss": nats, "val/loss": nats, "val/bpb": bpb,
         "best": best, "perf/tokens_per_s": speed, "perf/mfu": 0.4,
         "perf/peak_mem_bytes": 200_000_000 + 16 * total,
     }  # fmt: skip
