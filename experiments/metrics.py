@@ -1,6 +1,7 @@
 """``metrics.csv`` of a run and its summary in ``result.json`` (columns: CONTRIBUTING.md)."""
 
 import csv
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -23,36 +24,63 @@ COLUMNS = (
 
 
 class MetricsFile:
-    """``metrics.csv``: append-only, one flushed line a row, the source of truth of a run."""
+    """``metrics.csv``: append-only, one flushed line a row, the source of truth of a run.
+
+    A checkpoint carries its `text`: if the file is lost or damaged, a resume puts it back, and a
+    running job does at its next row.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.text = ""  # what the file holds, as far as this process or its checkpoint knows
 
     def rewind(self, step: int) -> None:
-        """Drop rows after ``step`` (a resume trains them again) and a last line cut by a crash."""
-        kept = [row for row in self.rows() if int(row["step"]) <= step]
-        lines = [",".join(COLUMNS), *(",".join(row[c] for c in COLUMNS) for row in kept)]
-        write_text(self.path, "\n".join(lines) + "\n")
+        """Make the file hold the rows up to ``step`` and no others: a resume trains those again.
+
+        They are those that the checkpoint brought; or the file's, if it brought none.
+        """
+        rows = [row for row in parse(self.text) or self.rows() if int(row["step"]) <= step]
+        lines = [",".join(COLUMNS), *(",".join(row[c] for c in COLUMNS) for row in rows)]
+        self.text = "\n".join(lines) + "\n"
+        write_text(self.path, self.text)
 
     def append(self, row: dict[str, Any]) -> None:
+        """Add a row.
+
+        Raises:
+            OSError: if it cannot be written, with the file's name.
+        """
         assert row.keys() <= set(COLUMNS)
-        cells = ["" if row.get(c) is None else format_cell(row[c]) for c in COLUMNS]
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(",".join(cells) + "\n")
+        line = ",".join("" if row.get(c) is None else format_cell(row[c]) for c in COLUMNS) + "\n"
+        self.text += line
+        try:
+            if self.path.is_file():
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(line)
+            else:  # somebody removed it
+                write_text(self.path, self.text)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+    def sync(self) -> None:
+        """Wait until the rows would survive a power cut."""
+        if self.path.is_file():
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
 
     def rows(self) -> list[dict[str, str]]:
-        """Complete rows, as text."""
-        if not self.path.is_file():
-            return []
-        with open(self.path, encoding="utf-8", newline="") as file:
-            whole = (line for line in file if line.endswith("\n"))
-            return [
-                row for row in csv.DictReader(whole) if all(row[c] is not None for c in COLUMNS)
-            ]
+        """Complete rows of the file, as text."""
+        return parse(self.path.read_text(encoding="utf-8")) if self.path.is_file() else []
 
     def column(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of every row where ``name`` was measured."""
         return [(int(row["step"]), float(row[name])) for row in self.rows() if row[name]]
+
+
+def parse(text: str) -> list[dict[str, str]]:
+    """The complete rows of a table that starts with the names of its columns."""
+    whole = (line for line in text.splitlines(keepends=True) if line.endswith("\n"))
+    return [row for row in csv.DictReader(whole) if all(row.get(c) is not None for c in COLUMNS)]
 
 
 def format_cell(value: float) -> str:
@@ -81,7 +109,7 @@ def summarise(metrics: MetricsFile, flops_per_token: int) -> dict[str, Any]:
         "val/loss": losses[-1][1],
         "val/bpb": bits.get(losses[-1][0]),
         "best": {"step": best_step, "val/loss": best_loss, "val/bpb": bits.get(best_step)},
-        "perf/tokens_per_s": statistics.median(speeds),
+        "perf/tokens_per_s": statistics.median(speeds) if speeds else None,
         "perf/mfu": statistics.median(utilisations) if utilisations else None,
         "perf/peak_mem_bytes": int(max(peaks)),
     }

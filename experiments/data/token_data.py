@@ -271,17 +271,17 @@ class TokenDataModule(lightning.pytorch.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         rank, world_size, _ = self._place()
-        n_windows = -(-len(self.val_windows) // world_size)
-        mine = [rank + j * world_size for j in range(n_windows)]
-        size = self.micro_batch_size
-        return self._loader(
-            self.val_windows, [mine[j : j + size] for j in range(0, n_windows, size)]
-        )
+        n, size = len(self.val_windows), self.micro_batch_size
+        # whole batches are shared, so that sums are the same on any number of devices
+        batches = [list(range(i, min(i + size, n))) for i in range(0, n, size)]
+        batches += [[n]] * (-len(batches) % world_size)  # all ranks work as often
+        return self._loader(self.val_windows, batches[rank::world_size])
 
     def _loader(self, windows: Dataset, batches: Any) -> DataLoader:
         return DataLoader(
             windows,
             batch_sampler=batches,
             num_workers=self.num_workers,
+            generator=torch.Generator(),  # it would take its workers' seed from the run's own
             pin_memory=torch.cuda.is_available(),
         )

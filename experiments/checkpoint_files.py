@@ -1,0 +1,174 @@
+"""Checkpoints on disk: whole or not there, checked when read, the last one and the one before.
+
+``last.ckpt`` and ``best.ckpt`` are written beside their place and renamed into it; what was
+``last.ckpt`` becomes ``previous.ckpt``. A kill between any two of these steps leaves a checkpoint
+to go on from, and ``checksums.json`` knows it.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+
+from experiments.checksums import CHECKSUMS, digest, is_whole, known_digests
+from experiments.run_dir import read_checkpoint, write_json
+
+LAST, PREVIOUS, BEST, DAMAGED = "last.ckpt", "previous.ckpt", "best.ckpt", "damaged.ckpt"
+
+
+class HashedFile:
+    """What torch.save writes into: a file whose SHA-256 is known when it is done."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = open(path, "wb")  # noqa: SIM115  # closed by whoever closes this
+        self.sha256 = hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def write(checkpoint: dict[str, Any], path: Path) -> str:
+    """Write a file with torch.save, to the disk; return its SHA-256."""
+    file = HashedFile(path)
+    try:
+        torch.save(checkpoint, file)  # type: ignore[arg-type]  # write and flush suffice
+        file.flush()
+    finally:
+        file.close()
+    return file.sha256.hexdigest()
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's way to files, through `put`: a kill or a full disk leaves what was there."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None
+    ) -> None:
+        target = Path(path)
+        target.parent.mkdir(exist_ok=True)
+        new = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            put(new, target, write(checkpoint, new))
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            cause = error if isinstance(error, OSError) else error.__context__
+            if isinstance(cause, OSError):
+                raise OSError(
+                    cause.errno, f"cannot save {target} ({cause.strerror}); what was saved is kept"
+                ) from None
+            raise
+        finally:
+            remove(new)
+
+
+def put(new: Path, target: Path, sha256: str) -> None:
+    """Rename a whole new checkpoint, a file or a folder beside its target, into its place."""
+    folder, known = target.parent, known_digests(target.parent)
+    meanwhile = {**known, target.name: [sha256, *known.get(target.name, [])]}
+    after = {**known, target.name: [sha256]}
+    rotates = target.name == LAST and target.exists()
+    if rotates:
+        after[PREVIOUS] = known.get(LAST, [])  # empty if nothing is known of it
+        both = [*known.get(LAST, []), *known.get(PREVIOUS, [])]
+        meanwhile[PREVIOUS] = both if known.get(LAST) else []
+    write_json(folder / CHECKSUMS, meanwhile)
+    if rotates:
+        replace(target, folder / PREVIOUS)
+    replace(new, target)
+    sync(folder)
+    write_json(folder / CHECKSUMS, after)
+
+
+def duplicate(source: Path, target: Path) -> None:
+    """Make a checkpoint a copy of another one."""
+    new = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        if source.is_dir():
+            shutil.copytree(source, new)
+        else:
+            shutil.copyfile(source, new)
+        for path in [new, *(new.iterdir() if new.is_dir() else ())]:
+            sync(path)
+        put(new, target, digest(new))
+    finally:
+        remove(new)
+
+
+def to_go_on_from(folder: Path) -> Path | None:
+    """The checkpoint of a folder that a run goes on from, or None if there is none.
+
+    The last one if it is whole; else, with a warning, the one before. A damaged last one is
+    renamed, lest it takes the place of the good one at the next save.
+
+    Raises:
+        ValueError: if no checkpoint that is there is whole.
+    """
+    damage = ""
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            check(path)
+        except ValueError as error:
+            damage = damage or str(error)
+            continue
+        if path.name == PREVIOUS:
+            rank_zero_only(fall_back)(folder, damage)
+        return path
+    if damage:
+        raise ValueError(
+            f"{damage}, and there is no whole {PREVIOUS} either: remove {folder.parent} to train "
+            "again"
+        )
+    return None
+
+
+def fall_back(folder: Path, damage: str) -> None:
+    """Say that a run goes on from the checkpoint before the last, and put the last one aside."""
+    reason = damage or f"{folder / LAST} is missing"
+    print(f"warning: {reason}; going on from {PREVIOUS}", file=sys.stderr, flush=True)
+    if (folder / LAST).exists():
+        replace(folder / LAST, folder / DAMAGED)
+
+
+def check(path: Path) -> None:
+    """Raise ValueError if a checkpoint is damaged."""
+    if not is_whole(path):  # read_checkpoint says why, or finds that nothing is known against it
+        read_checkpoint(path)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file or folder, whatever stood in its place."""
+    if target.is_dir() or source.is_dir():  # a folder replaces nothing by itself
+        remove(target)
+    os.replace(source, target)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,54 @@
+"""``continue_to=TOKENS``: a run that begins where a finished one ended, with a larger budget.
+
+It has a directory of its own, beside the one of the same command without ``continue_to``, which it
+only reads. The schedule of the learning rate is that of the new budget from the first new step on.
+"""
+
+from pathlib import Path
+
+from experiments.checkpoint_files import BEST, check, duplicate, to_go_on_from
+from experiments.config import config_difference, plain
+from experiments.run_dir import RunDir, write_text
+
+
+def continued_run(run: RunDir) -> RunDir | None:
+    """The finished run that a run continues, or None if it starts from nothing.
+
+    Raises:
+        ValueError: if that run is not there, not finished, or of another config.
+    """
+    name = run.config.get("continues")
+    if name is None:
+        return None
+    path = run.path.parent / Path(name).name
+    if not (path / "config.yaml").is_file() or not RunDir(path).finished:
+        raise ValueError(
+            f"continue_to={run.config.continue_to} goes on from {path}, which is not finished: "
+            "run the same command without continue_to first"
+        )
+    before = RunDir(path)
+    differences = config_difference(plain(before.config), plain(run.config))
+    differences = [line for line in differences if not line.startswith("continue_to:")]
+    if differences:
+        raise ValueError(f"{path} has another config ({'; '.join(differences[:5])}): use its own")
+    return before
+
+
+def starting_point(run: RunDir, is_global_zero: bool) -> Path | None:
+    """The checkpoint to go on from: the run's own, else that of the run it continues, else None.
+
+    Raises:
+        ValueError: if there is one, but damaged; or as `continued_run`.
+    """
+    own = to_go_on_from(run.path / "checkpoints")
+    before = continued_run(run)
+    if own is not None or before is None:
+        return own
+    last = before.checkpoint("last")
+    check(last)
+    if is_global_zero:
+        (run.path / "checkpoints").mkdir(exist_ok=True)
+        duplicate(before.checkpoint("best"), run.path / "checkpoints" / BEST)
+        # the checkpoints of earlier versions have no rows in them
+        write_text(run.path / "metrics.csv", (before.path / "metrics.csv").read_text("utf-8"))
+    return last

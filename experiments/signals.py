@@ -1,0 +1,59 @@
+"""How a run is asked to stop: signals that are noted, and heeded where it can save."""
+
+import math
+import signal
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+# SIGUSR1 and SIGUSR2 are a cluster's: the time is up, or somebody else needs the machine. The exit
+# code says that the run saved and wants to be started again; it is sysexits.h's EX_TEMPFAIL.
+CODES = {
+    signal.SIGINT: 128 + signal.SIGINT,
+    signal.SIGTERM: 128 + signal.SIGTERM,
+    signal.SIGUSR1: 75,
+    signal.SIGUSR2: 75,
+}
+TWICE_S = 1.0  # the same request may arrive twice: from a terminal, and from who started us
+
+
+class StopRequest:
+    """Within it, a signal asks the run to stop: at once before training, then after a save.
+
+    SIGINT or SIGTERM a second time means now. Of different signals the first decides the exit code.
+    """
+
+    def __init__(self) -> None:
+        self.code = 0  # exit code that is asked for; 0: none
+        self.training = False  # whether there is something to save
+        self._insisted_at = math.inf  # of the first SIGINT or SIGTERM, by the monotonic clock
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def install(self) -> None:
+        """Take the signals over, also from whoever took them meanwhile."""
+        for number in CODES:
+            signal.signal(number, self._receive)
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {number: signal.getsignal(number) for number in CODES}
+        self.install()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        again = False
+        if number in (signal.SIGINT, signal.SIGTERM):
+            now = time.monotonic()
+            again = now - self._insisted_at > TWICE_S
+            self._insisted_at = min(self._insisted_at, now)
+        self.code = self.code or CODES[signal.Signals(number)]
+        if again or not self.training:
+            raise SystemExit(self.code)
