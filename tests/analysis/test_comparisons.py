@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from analysis.comparisons import MEAN, comparisons
 from analysis.evaluations import document_values, load_documents
@@ -91,6 +92,43 @@ def test_seeds_are_averaged_over_each_document_first(tmp_path: Path) -> None:
     assert row["p_holm"] < 0.001
     assert any("Seeds are not resampled" in note for note in table.notes)
     assert any("no eval/cloze.documents.jsonl" in note for note in table.notes)
+
+
+@pytest.mark.parametrize(("swing", "better"), [(0.0, "rwkv4_nano"), (0.4, "–")])
+def test_better_asks_for_the_seeds_too(tmp_path: Path, swing: float, better: str) -> None:
+    """20 points on every document's mean; one seed of three may have lost by as much."""
+    shares = {0: 0.66 + swing, 1: 0.7, 2: 0.74 - swing}
+    for seed, share in shares.items():
+        for model, right in (("rwkv4_nano", share), ("gpt_nano", 0.5 + 0.01 * (seed - 1))):
+            run = planted.write_run(tmp_path, model=model, seed=seed)
+            n = round(500 * right)
+            planted.write_scored_documents(run, "piqa", "acc", [1] * n + [0] * (500 - n))
+    table = comparisons(load_study(tmp_path / "demo"))
+    at = table.frame["task"].tolist().index("piqa")
+    row = table.frame.loc[at]
+    assert (row["n_seeds"], row["p_holm"] < 0.001) == (3, True)
+    differences = [shares[seed] - 0.5 - 0.01 * (seed - 1) for seed in (0, 1, 2)]
+    interval = stats.ttest_1samp(differences, 0).confidence_interval()
+    assert (row["seeds_low"], row["seeds_high"]) == pytest.approx(tuple(interval))
+    heads, rows = table.texts()
+    told = dict(zip(heads, rows[at], strict=True))
+    assert told["better"] == better
+    assert told["over seeds"] == f"[{interval.low:+.4f}, {interval.high:+.4f}] (3)"
+
+
+def test_the_mean_over_tasks_has_its_own_interval_over_seeds(tmp_path: Path) -> None:
+    """Tasks that swing against each other: their mean is steady over the seeds."""
+    for seed, swing in enumerate((-0.1, 0.0, 0.1)):
+        for model, base in (("rwkv4_nano", 0.7), ("gpt_nano", 0.5)):
+            run = planted.write_run(tmp_path, model=model, seed=seed)
+            for task, sign in (("piqa", 1), ("sciq", -1)):
+                n = round(200 * (base + sign * swing * (model != "gpt_nano") + 0.01 * seed))
+                planted.write_scored_documents(run, task, "acc", [1] * n + [0] * (200 - n))
+    rows = comparisons(load_study(tmp_path / "demo")).frame.set_index("task")
+    assert rows.loc["piqa", "seeds_low"] < 0
+    mean = rows.loc[MEAN]
+    assert (mean["seeds_low"], mean["seeds_high"]) == pytest.approx((0.2, 0.2))
+    assert mean["n_seeds"] == 3
 
 
 def _other_hash(run: Path) -> None:

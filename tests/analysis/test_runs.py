@@ -191,6 +191,30 @@ def test_runs_that_differ_in_what_must_match_are_refused(
     assert len(load_study(tmp_path / "demo", allow_mixed=True).runs) == 3
 
 
+def test_token_budgets_may_differ_between_sizes_not_within_a_pair(tmp_path: Path) -> None:
+    for model, budget in (("nano", 1_000_000), ("tiny", 4_000_000)):
+        for family in ("rwkv4", "gpt"):
+            about = {"budget_tokens": budget}
+            planted.write_run(tmp_path, model=f"{family}_{model}", about=about)
+    study = load_study(tmp_path / "demo")
+    assert sorted(study.runs["tokens"].unique()) == [1e6, 4e6]
+    planted.write_run(tmp_path, model="gpt_tiny", seed=1, about={"budget_tokens": 1_000_000})
+    with pytest.raises(ValueError, match="differ in token budget of rwkv4_tiny and gpt_tiny: "):
+        load_study(tmp_path / "demo")
+
+
+def test_peak_rates_are_read_from_the_configs(tmp_path: Path) -> None:
+    planted.write_run(tmp_path, seed=0, peak_lr=0.004)
+    planted.write_run(tmp_path, seed=1, overrides="optim.peak_lr=1.0e-05")
+    damaged = planted.write_run(tmp_path, seed=2)
+    (damaged / "config.yaml").write_text("optim: [\n")
+    (planted.write_run(tmp_path, seed=3) / "config.yaml").unlink()
+    runs = load_runs(tmp_path / "demo").set_index("seed")
+    assert runs.loc[[0, 1], "peak_lr"].tolist() == [0.004, 1e-5]
+    assert runs.loc[[2, 3], "peak_lr"].isna().all()
+    assert (runs["status"] == "finished").all()
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

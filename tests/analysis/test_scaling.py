@@ -165,6 +165,40 @@ def test_runs_trained_differently_are_no_pairs(condition: str, note: str) -> Non
     assert pair["note"] == note
 
 
+@pytest.mark.parametrize(
+    ("variant", "tried", "budget", "note"),
+    [
+        ("", "", 1e6, ""),  # the recipe names no override: it chose both rates
+        ("optim.peak_lr=0.002", "a; b", 1e6, ""),  # the same search chose them
+        ("optim.peak_lr=0.002", "b", 1e6, "not alike in peak_lr (0.001 / 0.002): no interval"),
+        ("", "", 2e6, "not alike in budget_tokens (1000000.0 / 2000000.0): no interval"),
+    ],
+)
+def test_rates_of_a_pair_may_differ_if_chosen_alike(
+    variant: str, tried: str, budget: float, note: str
+) -> None:
+    rows = [
+        (family, f"{family}_a", 1.0e6, seed, loss + 0.1 * seed)
+        for family, loss in (("rwkv4", 2.2), ("gpt", 2.3))
+        for seed in (0, 1, 2)
+    ]
+    runs = runs_frame(*rows)
+    runs["tried"] = tried if not note else ""
+    columns = ["peak_lr", "variant", "budget_tokens", "tried"]
+    runs.loc[runs["family"] == "gpt", columns] = [0.002, variant, budget, tried]
+    (pair,) = matched_pairs(runs, "val/bpb").to_dict("records")
+    assert (pair["peak_lr"], pair["reference/peak_lr"], pair["note"]) == (0.001, 0.002, note)
+    assert np.isfinite([pair["gap_low"], pair["percent_low"]]).all() == (not note)
+
+
+def test_gap_in_per_cent_is_of_the_ratio_of_losses() -> None:
+    rows = [("gpt", "gpt_a", 1.0e6, seed, 2.0 + seed) for seed in (0, 1)]
+    rows += [("rwkv4", "rwkv4_a", 1.0e6, seed, 0.9 * (2.0 + seed)) for seed in (0, 1)]
+    (pair,) = matched_pairs(runs_frame(*rows), "val/bpb").to_dict("records")
+    ends = [pair[key] for key in ("percent", "percent_low", "percent_high")]
+    assert ends == pytest.approx([-10, -10, -10])
+
+
 def test_gap_without_a_common_seed_has_no_interval() -> None:
     gap = seed_gap(pd.Series({0: 2.0, 1: 2.2}), pd.Series({2: 1.9, 3: 2.1}))
     assert gap["gap"] == pytest.approx(0.1)

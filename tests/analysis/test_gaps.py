@@ -1,0 +1,168 @@
+"""The gap against size and the laws compared: closed forms, simulated coverage, planted studies."""
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from analysis import plots, tables
+from analysis.exponents import exponents, held_out_size
+from analysis.gaps import gap_trend, loss_gap
+from analysis.scaling import exponent_difference, fit_power_law
+from analysis.study import NothingToShowError, load_study
+
+planted = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted.py"))))
+SIZES = np.array([2.75e4, 1.62e5, 3.63e5, 8.58e5, 2.89e6])
+NAMES = ("a", "b", "c", "d", "e")
+
+
+def write_study(
+    root: Path, laws: dict[str, tuple[float, float]], n_seeds: int = 2, noise: float = 0.002
+) -> None:
+    """Five sizes of each family, loss a * non-embedding^-b, a budget per size and rates of their
+    own for the families."""
+    rng = np.random.default_rng(5)
+    for i, (name, size) in enumerate(zip(NAMES, SIZES.astype(int).tolist(), strict=True)):
+        for family, (a, b) in laws.items():
+            planted.MODELS[f"{family}_{name}"] = (family, 3, 64, size + 20_000, size, 0.0)
+            for seed in range(n_seeds):
+                loss = a * size**-b * np.exp(rng.normal(0, noise))
+                about = {"budget_tokens": 10_000 * (i + 1)}
+                about |= {"recipe": {"optim": "searched", "schedule": "shared"}}
+                rate = 0.004 if family == "rwkv4" else 0.002
+                model = f"{family}_{name}"
+                planted.write_run(
+                    root, "study", model, seed, loss, n_rows=3, about=about, peak_lr=rate
+                )
+
+
+def test_trend_is_the_textbook_regression() -> None:
+    rng = np.random.default_rng(0)
+    gap = -0.5 + 0.1 * np.log10(SIZES) + rng.normal(0, 0.02, len(SIZES))
+    trend = gap_trend(SIZES, gap)
+    assert trend is not None
+    line = stats.linregress(np.log10(SIZES), gap)
+    half = stats.t.ppf(0.975, len(SIZES) - 2) * line.stderr
+    assert (trend.slope, trend.high - trend.slope) == pytest.approx((line.slope, half))
+    assert trend.line(1e5) == pytest.approx(line.intercept + 5 * line.slope)
+    at_zero = stats.t.ppf(0.975, len(SIZES) - 2) * line.intercept_stderr  # of log10 x = 0
+    assert trend.half(1.0) == pytest.approx(at_zero)
+    assert gap_trend(SIZES[:3], gap[:3]) is None
+    assert gap_trend(SIZES[[0, 0, 1, 2]], gap[:4]) is None  # three sizes, not four
+
+
+def test_trend_and_exponent_intervals_cover_at_their_rates() -> None:
+    """Scatter of each size; that of one family five times the other's, as Welch's t must stand."""
+    rng = np.random.default_rng(1)
+    trials, trends, differences = 1000, 0, 0
+    for _ in range(trials):
+        trend = gap_trend(SIZES, 0.3 - 0.07 * np.log10(SIZES) + rng.normal(0, 0.02, len(SIZES)))
+        assert trend is not None
+        trends += trend.low <= -0.07 <= trend.high
+        mine = fit_power_law(SIZES, 9 * SIZES**-0.11 * np.exp(rng.normal(0, 0.01, len(SIZES))))
+        theirs = fit_power_law(SIZES, 8 * SIZES**-0.08 * np.exp(rng.normal(0, 0.05, len(SIZES))))
+        _, low, high = exponent_difference(mine, theirs)
+        differences += low <= 0.03 <= high
+    assert 0.93 < trends / trials < 0.97
+    assert 0.93 < differences / trials < 0.975
+
+
+def test_exponent_difference_of_equal_scatter_is_as_wide_as_welch_says() -> None:
+    noise = np.array([0.01, -0.02, 0.015, -0.01, 0.005])
+    mine = fit_power_law(SIZES, 9 * SIZES**-0.11 * np.exp(noise))
+    theirs = fit_power_law(SIZES, 8 * SIZES**-0.08 * np.exp(noise))
+    difference, low, high = exponent_difference(mine, theirs)
+    error = stats.linregress(np.log(SIZES), noise).stderr
+    assert difference == pytest.approx(0.03)
+    assert high - difference == pytest.approx(stats.t.ppf(0.975, 6) * np.sqrt(2) * error)
+    assert difference - low == pytest.approx(high - difference)
+    two = fit_power_law(SIZES[:2], SIZES[:2] ** -0.1)
+    assert np.isnan(exponent_difference(two, mine)[1:]).all()
+    exact = fit_power_law([1.0, 2.0, 4.0], [1.0, 1.0, 1.0])
+    assert exponent_difference(exact, exact) == (0, 0, 0)
+
+
+def test_a_study_with_a_budget_per_size(tmp_path: Path) -> None:
+    write_study(tmp_path, {"rwkv4": (7.0, 0.1), "gpt": (9.0, 0.08)})
+    study = load_study(tmp_path / "study")
+    pairs = tables.matched_pairs(study)
+    heads, rows = pairs.texts()
+    told = dict(zip(heads, rows[0], strict=True))
+    assert told["peak lr"] == "0.004 / 0.002"
+    assert told["tokens (per non-emb.)"] == f"10k ({10_000 / 27_500:.3g})"
+    assert np.isfinite(pairs.frame[["gap_low", "percent_low"]]).all(axis=None)
+    assert any("Peak learning rates differ within pairs" in note for note in pairs.notes)
+    frame = exponents(study).frame.set_index("x")
+    row = frame.loc["non-embedding parameters"]
+    assert row["low"] < 0.02 < row["high"]
+    assert exponents(study).texts()[1][1][-1] == "RWKV-4"
+    for item in (
+        exponents(study), held_out_size(study), loss_gap(study), plots.scaling(study),
+        tables.scaling_fits(study),
+    ):  # fmt: skip
+        assert any("budgets differ between sizes (10k to 50k)" in n for n in item.notes), item.title
+    percent = 100 * (7.0 / 9.0 * SIZES**-0.02 - 1)
+    assert pairs.frame["percent"].to_numpy() == pytest.approx(percent, abs=0.5)
+
+
+def test_equal_budgets_are_not_said_to_differ(tmp_path: Path) -> None:
+    for model in ("rwkv4_nano", "gpt_nano"):
+        planted.write_run(tmp_path, "study", model)
+    notes = loss_gap(load_study(tmp_path / "study")).notes
+    assert not any("budgets differ" in note for note in notes)
+
+
+def test_the_largest_size_is_foretold_or_not(tmp_path: Path) -> None:
+    write_study(tmp_path, {"rwkv4": (7.0, 0.1), "gpt": (9.0, 0.08)})
+    study = load_study(tmp_path / "study")
+    largest = study.runs["model"] == "gpt_e"
+    study.runs.loc[largest, "val/bpb"] *= 1.2  # the GPT's law bends
+    rows = held_out_size(study).frame.set_index(["family", "x"])
+    held = rows.xs("non-embedding parameters", level="x")
+    assert held["model"].to_dict() == {"rwkv4": "rwkv4_e", "gpt": "gpt_e"}
+    assert held["inside"].to_dict() == {"rwkv4": True, "gpt": False}
+    assert held.loc["rwkv4", "predicted"] == pytest.approx(7 * SIZES[-1] ** -0.1, rel=0.01)
+    assert held.loc["gpt", "measured"] / held.loc["gpt", "predicted"] == pytest.approx(
+        1.2, rel=0.02
+    )
+    assert (held["n_sizes"] == 4).all()
+
+
+def test_the_gap_figure_says_which_side_is_better(tmp_path: Path) -> None:
+    write_study(tmp_path, {"rwkv4": (7.0, 0.1), "gpt": (9.0, 0.08)})
+    plot = loss_gap(load_study(tmp_path / "study"))
+    left, right = plot.figure.axes
+    assert left.get_ylabel() == "gap (bits/byte)"
+    assert right.get_ylabel() == "gap (% of the GPT's loss)"
+    for axes in (left, right):
+        low, high = axes.get_ylim()
+        assert low < 0 < high  # the zero line is in view
+        assert [text.get_text() for text in axes.texts] == [
+            "above 0: GPT is better", "below 0: RWKV-4 is better",
+        ]  # fmt: skip
+    assert any("says nothing about larger ones" in note for note in plot.notes)
+
+
+def test_two_sizes_and_one_seed_make_a_gap_without_claims(tmp_path: Path) -> None:
+    for model in ("rwkv4_nano", "gpt_nano", "rwkv4_tiny", "gpt_tiny"):
+        planted.write_run(tmp_path, "study", model)
+    study = load_study(tmp_path / "study")
+    plot = loss_gap(study)
+    assert not any("Straight line" in note or "Bars" in note for note in plot.notes)
+    assert any("one seed: no interval" in note for note in plot.notes)
+    for table in (exponents, held_out_size):
+        with pytest.raises(NothingToShowError, match="no family has"):
+            table(study)
+
+
+def test_a_size_that_a_larger_one_overtakes_is_named(tmp_path: Path) -> None:
+    """At the FLOPs of all of nano's tokens micro has seen a fifth of its own, at 3.9 bits."""
+    planted.write_run(tmp_path, "study", "rwkv4_nano", bpb=4.5)
+    planted.write_run(tmp_path, "study", "rwkv4_micro", bpb=0.1)
+    planted.write_run(tmp_path, "study", "rwkv4_tiny", bpb=2.0)
+    notes = plots.loss_against_compute(load_study(tmp_path / "study")).notes
+    (said,) = [note for note in notes if "lower already" in note]
+    assert "where these end: rwkv4_nano (rwkv4_micro)." in said
