@@ -1,15 +1,17 @@
 """The Lightning module: one loss, one optimizer and one validation for every architecture."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from experiments.strategy import shard
 from models.language_model import LanguageModel, State
 
 IGNORE = -100  # targets that do not count
@@ -74,6 +76,23 @@ def max_logit_penalty(x: Tensor, head: nn.Linear, logits: Tensor | None) -> Tens
     return z_max.square().mean()
 
 
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale gradients down to a norm of at most ``limit``; their norm before that, float32.
+
+    Squares are added up in float64, so that the sum is the same however they are split over
+    devices; a float32 sum over 40M of them can be off by 1e-5.
+    """
+    parameters = list(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    own = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    total = torch.stack(torch._foreach_norm(own, 2, dtype=torch.float64)).square().sum()
+    if any(isinstance(g, DTensor) for g in gradients):  # each process has its rows of all
+        distributed.all_reduce(total)
+    norm = total.sqrt().float()
+    nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
 class LitLM(L.LightningModule):
     """Trains and validates a language model.
 
@@ -123,6 +142,11 @@ class LitLM(L.LightningModule):
         self.peak_flops = math.nan  # FLOP/s one device can do at most; set by whoever measures it
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.token_bytes: Tensor | None
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:  # trainer=fsdp
+            mesh = self.device_mesh["data_parallel"]
+            shard(self, self.model.blocks, mesh, "training_step", "validation_step")
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         ids, targets = batch  # (B, T) both
@@ -176,8 +200,16 @@ class LitLM(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         self.lr = optimizer.param_groups[0]["lr"]
-        limit = self.grad_clip or math.inf
-        self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.grad_norm = clip_gradients(self.model.parameters(), self.grad_clip or math.inf)
+
+    def on_train_start(self) -> None:
+        # the rate of the next step, stored by a run of a smaller budget, is of this budget now
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+        fraction = self.schedule(self.trainer.global_step, self.total_steps)
+        groups = scheduler.optimizer.param_groups
+        for group, peak in zip(groups, scheduler.base_lrs, strict=True):
+            group["lr"] = peak * fraction
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         # Lightning validates after the last step only if it is told that training stops there
