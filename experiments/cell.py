@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -55,7 +54,6 @@ class Child:
         run: the frozen run.
         claim: the launcher's claim on it; handed to the child.
         environment: what the child's environment has beyond ours.
-        cores: the CPU cores it may use; None: all of ours.
         log: True if its output goes into the run's ``log.txt``, not to our own.
     """
 
@@ -64,16 +62,12 @@ class Child:
         run: RunDir,
         claim: Claim,
         environment: dict[str, str] | None = None,
-        cores: Sequence[int] | None = None,
         log: bool = False,
     ) -> None:
         self.run, self.claim = run, claim
         (run.path / "error.txt").unlink(missing_ok=True)  # of the attempt before
         output = open(run.path / "log.txt", "ab") if log else None  # noqa: SIM115
-        ours = os.sched_getaffinity(0) if cores is not None else None
         try:
-            if cores is not None:  # a child starts with the cores of the thread that starts it
-                os.sched_setaffinity(0, cores)
             self.process = subprocess.Popen(
                 [*COMMAND, str(run.path)],
                 stdin=subprocess.DEVNULL,
@@ -87,8 +81,6 @@ class Child:
             claim.release()
             raise
         finally:
-            if ours is not None:
-                os.sched_setaffinity(0, ours)
             if output is not None:
                 output.close()
         claim.close_lock()
@@ -100,7 +92,7 @@ class Child:
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.claim.release()
         path = str(self.run.path)
-        if code == 0:
+        if code == 0 and self.run.finished:
             return Outcome(path, "done", self.run.summary())
         if code in (REQUEUE, *(-number for number in ASK_REQUEUE)):
             return Outcome(path, "requeue", "stopped; the same command goes on", REQUEUE)

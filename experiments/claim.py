@@ -15,6 +15,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -77,15 +78,12 @@ def newest(folder: Path) -> Holder | None:
 
 
 def holder(folder: Path) -> Holder | None:
-    """Who trains the run in a folder, as far as one look can tell, without disturbing anything.
-
-    Of another machine's claim the last sign of life is measured with our clock, for display.
-    """
+    """Who holds the claim of a folder, as far as one look can tell, without disturbing anything."""
     last = newest(folder)
     if last is None or last.released:
         return None
     if last.machine != this_machine():
-        return last if abs(time.time() - last.touched_ns / 1e9) < DEAD_S else None
+        return last if abs(file_time(folder) - last.touched_ns / 1e9) < DEAD_S else None
     try:
         with open(folder / ".lock", "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -94,6 +92,15 @@ def holder(folder: Path) -> Holder | None:
     except OSError:
         return None
     return None
+
+
+def file_time(folder: Path) -> float:
+    """What time it is for the files of a folder: by its server's clock, if we may write there."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return time.time()
 
 
 class Claim:

@@ -12,8 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 # A run directory may come from somebody else: its config instantiates nothing but these.
 ALLOWED_TARGETS = ("models.", "experiments.", "lightning.pytorch.loggers.")
 
+# How a launch goes about its cells; no part of a run's config.
+LAUNCH_KEYS = ("jobs", "fail_fast", "dry_run")
 # How a run is executed, not what it computes: these may change between a start and its resume.
 EXECUTION_KEYS = (
+    *LAUNCH_KEYS,
     "micro_batch_size",
     "num_workers",
     "n_threads",
@@ -44,6 +47,7 @@ NUMBERS: dict[str, tuple[type, float, bool]] = {
     "batch_size": (int, 1, True),
     "micro_batch_size": (int, 1, True),
     "budget_tokens": (float, 0, False),
+    "continue_to": (float, 0, False),
     "n_validations": (int, 1, True),
     "log_every": (int, 1, True),
     "checkpoint_every_min": (float, 0, False),
@@ -55,7 +59,7 @@ NUMBERS: dict[str, tuple[type, float, bool]] = {
     "optim.grad_clip": (float, 0, True),
     "optim.max_logit_penalty": (float, 0, True),
 }
-NULLABLE = ("chunk_len", "n_threads")
+NULLABLE = ("chunk_len", "continue_to", "n_threads")
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -86,7 +90,20 @@ def check_config(cfg: DictConfig) -> None:
             raise ValueError(f"{key} is {value!r}: choose {', '.join(allowed)}")
     if cfg.get("backprop") == "truncated" and cfg.get("chunk_len") is None:
         raise ValueError("backprop=truncated cuts gradients between chunks: set chunk_len")
-    step_count(cfg)
+    if step_count(cfg) == cfg.budget_tokens // (cfg.batch_size * cfg.ctx_len) and continues(cfg):
+        raise ValueError(
+            f"continue_to={cfg.continue_to} is no step more than budget_tokens={cfg.budget_tokens}"
+        )
+
+
+def continues(cfg: DictConfig) -> bool:
+    """Whether a run goes on where a finished one ended."""
+    return cfg.get("continue_to") is not None  # runs of earlier versions have no such key
+
+
+def total_budget(cfg: DictConfig) -> float:
+    """The tokens a run has been trained on at its end, those of a run it continues included."""
+    return max(cfg.budget_tokens, cfg.continue_to) if continues(cfg) else cfg.budget_tokens
 
 
 def step_count(cfg: DictConfig) -> int:
@@ -101,7 +118,7 @@ def step_count(cfg: DictConfig) -> int:
             f"budget_tokens {cfg.budget_tokens} is less than one step "
             f"(batch_size {cfg.batch_size} x ctx_len {cfg.ctx_len} = {tokens_per_step} tokens)"
         )
-    return int(cfg.budget_tokens) // tokens_per_step
+    return int(total_budget(cfg)) // tokens_per_step
 
 
 def execution_keys(config: Mapping[Any, Any]) -> tuple[str, ...]:

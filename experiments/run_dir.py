@@ -8,15 +8,18 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.claim import Claim
+from experiments.checksums import CHECKSUMS, is_whole
+from experiments.claim import Claim, RunLocked
 from experiments.config import (
+    LAUNCH_KEYS,
     check_targets,
     config_difference,
     execution_keys,
@@ -51,6 +54,23 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def write_new(path: Path, text: str) -> bool:
+    """Write a file that does not exist yet; False, and nothing is done, if another process has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write_text(temporary, text)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        os.replace(temporary, path)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
 class RunDir:
     """One run directory, finished or not.
 
@@ -66,40 +86,90 @@ class RunDir:
         if not (self.path / "config.yaml").is_file():
             raise ValueError(f"{self.path} is not a run directory: it has no config.yaml")
 
+    @staticmethod
+    def place(config: DictConfig, overrides: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+        """The directory that a composed config belongs into, and the config as it is frozen.
+
+        Raises:
+            ValueError: for names that are no folder's, and for foreign targets.
+        """
+        frozen = {key: value for key, value in plain(config).items() if key not in LAUNCH_KEYS}
+        check_targets(frozen)
+        for part in (str(frozen["suite"]), str(frozen["model"]["name"])):
+            if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*", part):
+                raise ValueError(f"{part!r} cannot name a folder: use letters, digits, '_-.'")
+        tag = run_tag(overrides, frozen["seed"], execution_keys(frozen))
+        if frozen.get("continue_to") is not None:
+            others = [o for o in overrides if o.lstrip("+").partition("=")[0] != "continue_to"]
+            frozen["continues"] = run_tag(others, frozen["seed"], execution_keys(frozen))
+            if frozen["continues"] == tag:
+                raise ValueError("continue_to names a directory: give it on the command line")
+        path = Path(frozen["paths"]["runs"]) / frozen["suite"] / frozen["model"]["name"] / tag
+        return path, frozen
+
     @classmethod
     def freeze(cls, config: DictConfig, overrides: Sequence[str]) -> "RunDir":
         """Make or find the run directory of a composed config and store the config in it.
 
         Raises:
-            ValueError: if the directory holds training of a different config, with the difference;
-                or if another process is training there.
+            ValueError: as `store` and `place`.
         """
-        frozen = plain(config)
-        check_targets(frozen)
-        for part in (str(frozen["suite"]), str(frozen["model"]["name"])):
-            if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*", part):
-                raise ValueError(f"{part!r} cannot name a folder: use letters, digits, '_-.'")
-        path = (
-            Path(frozen["paths"]["runs"])
-            / frozen["suite"]
-            / frozen["model"]["name"]
-            / run_tag(overrides, frozen["seed"], execution_keys(frozen))
-        )
-        if not (path / "config.yaml").is_file():
-            write_text(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(frozen)))
+        return cls.store(*cls.place(config, overrides))
+
+    @classmethod
+    def store(
+        cls, path: Path, frozen: dict[str, Any], queued_by: Callable[[Path], str] = lambda path: ""
+    ) -> "RunDir":
+        """Make a run directory with a config, or find it.
+
+        A run that is in training, or that another launch has in its queue, keeps its config.
+
+        Args:
+            queued_by: tells who has a run in a queue; empty: nobody.
+
+        Raises:
+            ValueError: if the directory holds training of a different config, or another process
+                is to train it with a different one; with the difference.
+        """
+        text = OmegaConf.to_yaml(OmegaConf.create(frozen))
+        file = path / "config.yaml"
+        if not file.is_file() and write_new(file, text):
             return cls(path)
         run = cls(path)
-        with run.claim():
-            difference = config_difference(plain(run.config), frozen)
-            if difference and run.has_training:
-                shown = "; ".join(difference[:5]) + ("; ..." if len(difference) > 5 else "")
-                raise ValueError(
-                    f"{path} belongs to another config ({shown}): choose another suite=NAME, "
-                    "or remove that folder to train again"
-                )
-            if not run.finished:  # a finished run keeps the config it ran with
-                write_text(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(frozen)))
+        if file.read_bytes() == text.encode():
+            return run
+        try:
+            difference = run.differs(frozen)
+        except ValueError as error:  # damaged
+            if run.has_training:
+                raise
+            difference = str(error)
+        if difference and run.has_training:
+            raise ValueError(
+                f"{path} belongs to another config ({difference}): choose another suite=NAME, "
+                "or remove that folder to train again"
+            )
+        if run.finished:  # it keeps the config it ran with
+            return run
+        queue = queued_by(path)
+        try:
+            with nullcontext() if queue else run.claim():
+                if difference and queue:
+                    raise ValueError(
+                        f"{path} waits with another config ({difference}) {queue}: let that end, "
+                        "stop it, or choose another suite=NAME"
+                    )
+                if not queue:
+                    write_text(file, text)
+        except RunLocked as error:
+            if difference:
+                raise ValueError(f"{error} with another config ({difference})") from None
         return cls(path)
+
+    def differs(self, frozen: dict[str, Any]) -> str:
+        """How a config differs from the run's own in what is computed; empty: not at all."""
+        difference = config_difference(plain(self.config), frozen)
+        return "; ".join(difference[:5]) + ("; ..." if len(difference) > 5 else "")
 
     @cached_property
     def config(self) -> DictConfig:
@@ -152,7 +222,7 @@ class RunDir:
             FileNotFoundError: if there is none.
         """
         path = self.path / "checkpoints" / f"{which}.ckpt"
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{self.path} has no {which} checkpoint: train it first")
         return path
 
@@ -205,14 +275,20 @@ def find_runs(pattern: str | Path | Sequence[str]) -> list[RunDir]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint without running any code of it.
+    """Load a checkpoint, a file or a folder of shards, without running any code of it.
 
     Raises:
-        ValueError: if the file is damaged or wants more than tensors.
+        ValueError: if it is damaged or wants more than tensors.
     """
     import torch
 
+    if is_whole(path) is False:
+        raise ValueError(f"{path} is damaged: its SHA-256 is not the one written in {CHECKSUMS}")
     try:
+        if path.is_dir():
+            from experiments.shards import read_shards
+
+            return read_shards(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise

@@ -1,35 +1,181 @@
-"""What a sweep knows of its jobs: how each ended, told when all have."""
+"""A sweep: freeze all its cells, skip what is done, train the rest, say how each ended.
 
+Hydra's own sweeper forgets everything at the first failure and cannot continue. So this callback
+expands the grid with Hydra's parser when a multirun starts, brings it to its end, and leaves with
+the number of cells that failed as exit code; Hydra's sweeper never runs.
+"""
+
+import signal
 import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from tqdm import tqdm
 
-from experiments.cell import Outcome
+from experiments import grid
+from experiments.cell import ASK_REQUEUE, REQUEUE, Outcome, Stops
+from experiments.claim import holder
+from experiments.entry import REPORTED, one_line, one_line_errors
+from experiments.launches import Launch
+from experiments.places import places
+from experiments.pool import ASK_S, Pool
+from experiments.run_dir import RunDir
+
+BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
-class SweepReport(Callback):
-    """Lists how the jobs of a multirun ended; leaves with exit code 1 if one failed."""
+class Sweep(Callback):
+    """Hydra's hook into a multirun; an error is one line, as everywhere."""
 
-    def __init__(self) -> None:
-        self.outcomes: list[Outcome] = []
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        with one_line_errors():
+            try:
+                sys.exit(sweep(config))
+            except REPORTED:
+                raise
+            except Exception:  # which Hydra would turn into a warning
+                traceback.print_exc()
+                sys.exit(1)
 
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if job_return.status == JobStatus.COMPLETED and isinstance(
-            job_return.return_value, Outcome
-        ):
-            self.outcomes.append(job_return.return_value)
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        counts = {s: [o for o in self.outcomes if o.status == s] for s in ("done", "skipped")}
-        failed = [o for o in self.outcomes if o.status == "failed"]
-        print(
-            f"sweep: {len(counts['done'])} trained, {len(counts['skipped'])} finished before, "
-            f"{len(failed)} failed"
-        )
-        for outcome in failed:
-            print(f"  failed: {outcome.run}: {outcome.detail}", file=sys.stderr)
-        if failed:
-            sys.exit(1)
+def sweep(config: DictConfig) -> int:
+    """Bring every cell of a multirun to its end, or as near as can be; its exit code.
+
+    Raises:
+        ValueError, HydraException: if the grid or the launch cannot be understood.
+    """
+    cells = grid.expand(config)
+    common = set.intersection(*map(set, cells)) if len(cells) > 1 else set()
+    remembered = grid.Remembered(config)
+    outcomes: dict[str, Outcome] = {}
+    placed: dict[Path, tuple[list[str], dict[str, Any]]] = {}
+    for overrides in tqdm(cells, "composing", unit="cell", leave=False, disable=None, delay=1):
+        if run := remembered.finished(overrides):
+            outcomes[str(run.path)] = skipped(run)
+            continue
+        try:
+            path, frozen = grid.place(grid.compose(config, overrides), overrides)
+            placed[path] = (overrides, frozen)
+        except REPORTED as error:
+            label = " ".join(o for o in overrides if o not in common) or " ".join(overrides)
+            outcomes[label] = failed(label, error)
+    with Launch(placed) as launch:
+        waiting: list[RunDir] = []
+        for path, (overrides, frozen) in placed.items():
+            try:
+                run = RunDir.store(path, frozen, launch.queued_by)
+                remembered.note(overrides, run, frozen)
+                if run.finished:
+                    outcomes[str(path)] = skipped(run)
+                else:
+                    waiting.append(run)
+            except REPORTED as error:
+                outcomes[str(path)] = failed(str(path), error)
+        remembered.save()
+        return finish(waiting, outcomes, config)
+
+
+def finish(waiting: list[RunDir], outcomes: dict[str, Outcome], config: DictConfig) -> int:
+    """Train the cells that wait, report on all, return the exit code."""
+    received: signal.Signals | None = None
+    try:
+        with Stops() if is_local(config) else nullcontext() as stops:
+            trained = launch_cells(waiting, config, stops)
+            received = stops.received if stops else None
+    except KeyboardInterrupt:
+        received = signal.SIGINT
+        trained = [Outcome(str(run.path), "waiting") for run in waiting]
+    outcomes |= {outcome.run: outcome for outcome in trained}
+    report(list(outcomes.values()))
+    return exit_code(list(outcomes.values()), received)
+
+
+def is_local(config: DictConfig) -> bool:
+    """True if no hydra/launcher was chosen: cells are processes of this one."""
+    return config.hydra.launcher._target_ == BASIC_LAUNCHER
+
+
+def launch_cells(cells: Sequence[RunDir], config: DictConfig, stops: Stops | None) -> list[Outcome]:
+    """Train frozen cells by the engine that the config chooses; how each ended.
+
+    Raises:
+        ValueError: if the engine refuses its settings.
+        KeyboardInterrupt: if another engine than the local one was interrupted.
+    """
+    if not cells:
+        return []
+    if stops is None:
+        return on_cluster(cells, config)
+    chosen = places(config.jobs, config.trainer)
+    if config.dry_run:
+        for i, run in enumerate(cells):
+            where = chosen[i % len(chosen)].items()
+            print(f"would train {run.path}", *(f"{k}={v}" for k, v in where))
+        return [Outcome(str(run.path), "waiting") for run in cells]
+    return Pool(cells, chosen, config.fail_fast, stops).train()
+
+
+def on_cluster(cells: Sequence[RunDir], config: DictConfig) -> list[Outcome]:
+    """Train cells by an engine of `experiments.cluster`, and again those whose holder died."""
+    from experiments import cluster
+
+    outcomes: dict[str, Outcome] = {}
+    left = list(cells)
+    while left:
+        outcomes |= {outcome.run: outcome for outcome in cluster.launch(left, config)}
+        left = [run for run in left if outcomes[str(run.path)].status == "elsewhere"]
+        while left and all(holder(run.path) for run in left):
+            time.sleep(ASK_S)
+    return list(outcomes.values())
+
+
+def skipped(run: RunDir) -> Outcome:
+    """A cell that was finished before, if its result can be read."""
+    try:
+        return Outcome(str(run.path), "skipped", run.summary())
+    except (ValueError, KeyError, TypeError) as error:
+        return failed(str(run.path), error)
+
+
+def failed(label: str, error: Exception) -> Outcome:
+    """A cell that did not come to training."""
+    print(f"error: {label}: {one_line(error)}", file=sys.stderr, flush=True)
+    return Outcome(label, "failed", one_line(error), 2)
+
+
+def report(outcomes: Sequence[Outcome]) -> None:
+    """Print how many cells ended how, and every one that is not done."""
+    counts = Counter(outcome.status for outcome in outcomes)
+    parts = [
+        f"{counts['done']} trained",
+        f"{counts['skipped']} finished before",
+        f"{counts['failed']} failed",
+    ]
+    words = {"other": "trained by other launches", "requeue": "to be requeued"}
+    words |= {"elsewhere": "in training elsewhere"}
+    for status in ("other", "interrupted", "requeue", "elsewhere", "waiting"):
+        if counts[status]:
+            parts.append(f"{counts[status]} {words.get(status, status)}")
+    print(f"sweep: {', '.join(parts)}", flush=True)
+    for outcome in outcomes:
+        if outcome.status not in ("done", "skipped", "other", "waiting"):
+            line = f"  {outcome.status}: {outcome.run}: {outcome.detail}"
+            print(line, file=sys.stderr, flush=True)
+
+
+def exit_code(outcomes: Sequence[Outcome], received: signal.Signals | None) -> int:
+    """128 + the signal that stopped us, or 75 if it asked for a requeue; else how many cells
+    failed or were interrupted, 100 at most; 75 if none did, but some wait for a requeue."""
+    if received is not None:
+        return REQUEUE if received in ASK_REQUEUE else 128 + received
+    bad = sum(outcome.status in ("failed", "interrupted") for outcome in outcomes)
+    if not bad and any(outcome.status == "requeue" for outcome in outcomes):
+        return REQUEUE
+    return min(bad, 100)

@@ -7,57 +7,43 @@ command again skips what is finished, goes on with what is not, and refuses what
 import contextlib
 import shutil
 import sys
-from collections.abc import Sequence
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from experiments.cell import Outcome, train_cell
-from experiments.config import check_config
-from experiments.entry import REPORTED, entry, one_line
+from experiments.cell import Outcome, Stops, train_cell
+from experiments.entry import entry
+from experiments.grid import place
+from experiments.pool import Pool
 from experiments.run_dir import RunDir
+from experiments.sweep import exit_code
+
+__all__ = ["Outcome", "main", "train", "train_cell"]
 
 
-def train(cfg: DictConfig, overrides: Sequence[str]) -> Outcome:
-    """Bring one run to its end, in a process of its own.
-
-    Raises:
-        ValueError: if the run cannot be frozen, or its folder belongs to another config.
-    """
-    if cfg.data.vocab_size is None:  # the tokenizer file knows it
-        from experiments.data.prepare import prepare
-        from experiments.data.token_data import TokenData
-
-        cfg.data.vocab_size = TokenData.open(prepare(cfg.data)).vocab_size
-    check_config(cfg)
-    run = RunDir.freeze(cfg, overrides)
+def train(run: RunDir) -> int:
+    """Bring one frozen run to its end, in a process of its own; the exit code."""
     if run.finished:
         print(f"{run.name}: finished already", flush=True)
-        return Outcome(str(run.path), "skipped")
-    outcome = train_cell(run)
+        return 0
+    with Stops() as stops:
+        (outcome,) = Pool([run], [{}], False, stops).train()
     if outcome.exit_code == 2 and not run.manifest:
         shutil.rmtree(run.path)  # bad input, nothing trained: leave nothing behind
         with contextlib.suppress(OSError):  # nor an empty folder of this model
             run.path.parent.rmdir()
-    return outcome
+    return outcome.exit_code or exit_code([outcome], stops.received)
 
 
 @entry("train")
-def main(cfg: DictConfig) -> Outcome:
-    hydra = HydraConfig.get()
-    overrides = list(hydra.overrides.task)
-    if hydra.mode == RunMode.MULTIRUN:
-        try:
-            return train(cfg, overrides)
-        except REPORTED as error:  # the other jobs go on
-            label = ",".join(overrides)
-            print(f"error: {label}: {one_line(error)}", file=sys.stderr, flush=True)
-            return Outcome(label, "failed", one_line(error))
-    outcome = train(cfg, overrides)
-    if outcome.exit_code:
-        sys.exit(outcome.exit_code)
-    return outcome
+def main(cfg: DictConfig) -> None:
+    """One run; a multirun never comes here, `experiments.sweep` ends it."""
+    run = RunDir.store(*place(cfg, list(HydraConfig.get().overrides.task)))
+    if cfg.dry_run:
+        print(f"would train {run.path}")
+        return
+    if code := train(run):
+        sys.exit(code)
 
 
 if __name__ == "__main__":
