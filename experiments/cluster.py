@@ -39,22 +39,23 @@ def launch(cells: Sequence[RunDir], config: DictConfig) -> list[Outcome]:
     """
     launcher = plain(config.hydra.launcher)
     target = launcher.pop("_target_")
-    fail_fast = bool(config.get("fail_fast"))
-    if target == f"{SUBMITIT}.SlurmLauncher":
-        if config.get("dry_run"):
+    engine = ENGINES.get(target)
+    if engine is None:
+        raise ValueError(
+            f"hydra/launcher {target} is not supported: use slurm, ray or submitit_local, or leave "
+            "it out and set jobs=N for processes of this machine"
+        )
+    if config.dry_run:
+        if engine is on_slurm:
             print(script(len(cells), launcher))
-            return [Outcome(str(run.path), "waiting") for run in cells]
-        return on_slurm(cells, launcher, fail_fast)
-    if target == f"{SUBMITIT}.LocalLauncher":
-        return on_this_machine(cells, launcher)
-    if target == "experiments.ray_tasks.launch":
-        from experiments import ray_tasks
-
-        return ray_tasks.launch(cells, **launcher["ray"], fail_fast=fail_fast)
-    raise ValueError(
-        f"hydra/launcher {target} is not supported: use slurm, ray or submitit_local, or leave it "
-        "out and set jobs=N for processes of this machine"
-    )
+        for run in cells:
+            print(f"would submit {run.path}")
+        return [Outcome(str(run.path), "waiting") for run in cells]
+    # what a process outside of the queue trains is left to it
+    held = [run for run in cells if queued_job(run) is None and holder(run.path)]
+    free = [run for run in cells if run not in held]
+    outcomes = engine(free, launcher, config.fail_fast) if free else []
+    return outcomes + [Outcome(str(run.path), "elsewhere") for run in held]
 
 
 class Job:
@@ -168,11 +169,35 @@ def on_slurm(cells: Sequence[RunDir], launcher: dict[str, Any], fail_fast: bool)
         raise
 
 
-def on_this_machine(cells: Sequence[RunDir], launcher: dict[str, Any]) -> list[Outcome]:
+def on_this_machine(
+    cells: Sequence[RunDir], launcher: dict[str, Any], fail_fast: bool
+) -> list[Outcome]:
     """All cells at once, as submitit's local processes."""
-    jobs = submit("local", cells, launcher)
-    ids = {str(run.path): job.job_id for run, job in zip(cells, jobs, strict=True)}
-    return wait(cells, ids, lambda _: {job.job_id for job in jobs if not job.done()})
+    jobs = {job.job_id: job for job in submit("local", cells, launcher)}
+
+    def alive(some: Collection[str]) -> set[str]:
+        return {job for job in some if not jobs[job].done()}
+
+    def stop(some: Collection[str]) -> None:
+        for job in some:
+            jobs[job].cancel()
+
+    ids: dict[str, str | None] = dict(zip([str(run.path) for run in cells], jobs, strict=True))
+    return wait(cells, ids, alive, stop if fail_fast else None)
+
+
+def on_ray(cells: Sequence[RunDir], launcher: dict[str, Any], fail_fast: bool) -> list[Outcome]:
+    """`experiments.ray_tasks`."""
+    from experiments.ray_tasks import launch
+
+    return launch(cells, **launcher["ray"], fail_fast=fail_fast)
+
+
+ENGINES: dict[str, Callable[[Sequence[RunDir], dict[str, Any], bool], list[Outcome]]] = {
+    f"{SUBMITIT}.SlurmLauncher": on_slurm,
+    f"{SUBMITIT}.LocalLauncher": on_this_machine,
+    "experiments.ray_tasks.launch": on_ray,
+}
 
 
 def submit(cluster: str, cells: Sequence[RunDir], launcher: dict[str, Any]) -> list[Any]:
