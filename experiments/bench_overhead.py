@@ -5,26 +5,25 @@ differs.
 """
 
 import math
-import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import lightning.pytorch as L
 import torch
 from hydra import compose
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.bench_measure import Report, bar, check_counts, interleaved, paired_ratio
 from experiments.data.prepare import prepare
 from experiments.data.token_data import TokenData, TokenDataModule
 from experiments.fit import build, quiet_lightning
-from experiments.lit_lm import LitLM
+from experiments.lit_lm import LitLM, clip_gradients
 from experiments.run_dir import RunDir
+from experiments.signals import StopRequest
 from models.language_model import LanguageModel
 
 UNTIMED = 2  # first steps of each loop, in which memory is allocated
@@ -69,6 +68,7 @@ class Loops:
         self.run = RunDir.freeze(compose("train", overrides=[*train, *fixed]), [])
         self.data = TokenData.open(prepare(self.run.config.data))
         self.n_steps = n_steps
+        self.stop = StopRequest()
         self.model: LanguageModel  # of the last call, trained
         self.batches = self.load_batches()
 
@@ -76,7 +76,9 @@ class Loops:
         """What `fit` would train with, the model freshly initialised."""
         torch.manual_seed(self.run.config.seed)
         self.model = instantiate(self.run.config.model.net)
-        trainer, module, datamodule = build(self.run, self.model, self.data, self.n_steps)
+        trainer, module, datamodule = build(
+            self.run, self.model, self.data, self.n_steps, self.stop
+        )
         module.peak_flops = math.inf  # utilisation is logged, and of no interest
         return trainer, module, datamodule
 
@@ -96,7 +98,7 @@ class Loops:
         trainer, module, datamodule = self.parts()
         watch = Stopwatch(self.n_steps)
         trainer.callbacks.append(watch)  # type: ignore[attr-defined]  # Lightning's mixin sets it
-        with signals_kept():
+        with self.stop:  # the run takes the signals over
             trainer.fit(module, datamodule=datamodule)
         return watch.seconds
 
@@ -129,7 +131,7 @@ class Loops:
                 nats = module.training_step((ids, targets), 0)  # Lightning has no part in it
             optimizer.zero_grad()
             nats.backward()
-            nn.utils.clip_grad_norm_(module.model.parameters(), limit)
+            clip_gradients(module.model.parameters(), limit)
             optimizer.step()
             module.micro_losses.clear()
 
@@ -160,15 +162,3 @@ class Stopwatch(Callback):
     ) -> None:
         if trainer.global_step == self.n_steps:
             self.seconds = time.perf_counter() - self.start
-
-
-@contextmanager
-def signals_kept() -> Iterator[None]:
-    """Give the process its signal handlers back, which a run takes over."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    kept = [signal.getsignal(number) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, kept, strict=True):
-            signal.signal(number, handler)

@@ -1,20 +1,15 @@
-"""What happens around the steps of a run: its log, checkpoints, progress bar and signals."""
+"""What happens around the steps of a run: its log and progress bar."""
 
 import math
-import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tqdm import tqdm
 
 from experiments.lit_lm import LitLM
@@ -59,18 +54,20 @@ class RunLog(Callback):
             "pending": self.restored + [float(loss) for loss in self.pending],
             "time_s": self.time_s,
             "logged_time_s": self.logged_time_s,
+            "metrics": self.metrics.text,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.restored = state_dict["pending"]  # to be put where the next ones are
         self.time_s = state_dict["time_s"]
         self.logged_time_s = state_dict["logged_time_s"]
+        self.metrics.text = state_dict.get("metrics", "")  # checkpoints of earlier versions: none
 
     def tick(self) -> None:
         """Bring ``time_s`` up to now."""
         if self.clock is not None:
             now = time.perf_counter()
-            self.time_s += now - self.clock
+            self.time_s += max(0.0, now - self.clock)
             self.clock = now
 
     @contextmanager
@@ -112,10 +109,11 @@ class RunLog(Callback):
         loss = trainer.strategy.reduce(torch.stack(self.pending).mean(), reduce_op="mean")
         self.tick()
         n_tokens = len(self.pending) * self.tokens_per_step
-        tokens_per_s = n_tokens / (self.time_s - self.logged_time_s)
+        elapsed = self.time_s - self.logged_time_s
+        tokens_per_s = n_tokens / elapsed if elapsed else None  # None: a clock that stood
         self.logged_time_s = self.time_s
         self.pending.clear()
-        flops_per_s = tokens_per_s * self.flops_per_token
+        peak_flops = module.peak_flops * trainer.world_size
         self.write(
             trainer,
             {
@@ -123,7 +121,7 @@ class RunLog(Callback):
                 "train/loss": float(loss),
                 "train/grad_norm": float(module.grad_norm),
                 "perf/tokens_per_s": tokens_per_s,
-                "perf/mfu": flops_per_s / (module.peak_flops * trainer.world_size),
+                "perf/mfu": tokens_per_s and tokens_per_s * self.flops_per_token / peak_flops,
                 "perf/peak_mem_bytes": peak_memory_bytes(module.device),
             },
         )
@@ -166,111 +164,6 @@ class RunLog(Callback):
             self.metrics.append(row)
             for logger in trainer.loggers:
                 logger.log_metrics({k: v for k, v in row.items() if v is not None}, step=step)
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and renames, so that a kill or a full disk leaves the old file."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None
-    ) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            cause = error if isinstance(error, OSError) else error.__context__
-            if isinstance(cause, OSError):
-                raise OSError(
-                    cause.errno, f"cannot save {target} ({cause.strerror}); the last one is kept"
-                ) from None
-            raise
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-class Checkpoints(Callback):
-    """last.ckpt now and then and on SIGINT or SIGTERM, best.ckpt by validation loss.
-
-    Always at the end of a step, and after the validation that is due there: a run that goes on
-    from here has lost nothing. Every rank takes the same decisions.
-
-    Args:
-        folder: of the checkpoints.
-        run_log: its clock stands while files are written.
-        val_every: steps between validations.
-        every_min: minutes between saves of last.ckpt.
-    """
-
-    def __init__(self, folder: Path, run_log: RunLog, val_every: int, every_min: float) -> None:
-        self.folder = folder
-        self.run_log = run_log
-        self.val_every = val_every
-        self.every_s = 60 * every_min
-        self.received: int | None = None  # signal
-        self.best_loss = math.inf
-
-    def receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:  # the second time means now
-            raise SystemExit(128 + number)
-        self.received = number
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # here, after Lightning's own: that one stops in the middle of a validation, unsaved
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-        self.saved_at = time.monotonic()
-        for leftover in self.folder.glob(".*.ckpt.*"):  # of a process killed while it saved
-            leftover.unlink(missing_ok=True)
-        # from the file, rewound to the step at hand: it and best.ckpt can never disagree
-        losses = [value for _, value in self.run_log.metrics.column("val/loss")]
-        self.best_loss = min(losses, default=math.inf)
-
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        step = trainer.global_step
-        mid_step = (batch_idx + 1) % trainer.accumulate_grad_batches
-        validated_next = step % self.val_every == 0 or step >= trainer.max_steps
-        if not mid_step and not validated_next:
-            self.save_if_due(trainer)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, LitLM)
-        if pl_module.val_loss < self.best_loss:
-            self.best_loss = pl_module.val_loss
-            self.save(trainer, "best")
-        self.save_if_due(trainer)
-
-    def save_if_due(self, trainer: L.Trainer) -> None:
-        due = time.monotonic() - self.saved_at > self.every_s
-        # any rank's clock or signal counts for all, so that no rank saves alone
-        stop = trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
-        if not stop and not trainer.strategy.reduce_boolean_decision(due, all=False):
-            return
-        self.save(trainer, "last")
-        self.saved_at = time.monotonic()
-        if stop:
-            if trainer.is_global_zero:
-                print(
-                    f"stopped at step {trainer.global_step} and saved; the same command goes on",
-                    file=sys.stderr,
-                )
-            raise SystemExit(128 + (self.received or signal.SIGTERM))
-
-    def save(self, trainer: L.Trainer, name: str) -> None:
-        with self.run_log.paused():
-            trainer.save_checkpoint(self.folder / f"{name}.ckpt")
 
 
 class TokenBar(Callback):

@@ -4,13 +4,11 @@
 Nothing but the frozen config decides what happens here.
 """
 
-import hashlib
 import logging
 import sys
 import traceback
 import warnings
-from contextlib import nullcontext
-from typing import Any
+from contextlib import nullcontext, suppress
 
 import lightning.pytorch as L
 import torch
@@ -18,28 +16,37 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
-from experiments.callbacks import (
-    AtomicCheckpointIO,
-    Checkpoints,
-    LossNotFinite,
-    RunLog,
-    TokenBar,
-)
+from experiments.callbacks import LossNotFinite, RunLog, TokenBar
+from experiments.checkpoint_files import LAST, AtomicCheckpointIO
+from experiments.checkpoints import Checkpoints
 from experiments.claim import RunLocked
-from experiments.config import check_config, config_hash, make, plain, step_count
+from experiments.config import check_config, make, step_count
+from experiments.continuation import continued_run, starting_point
 from experiments.data.prepare import prepare
 from experiments.data.token_data import TokenData, TokenDataModule
 from experiments.entry import REPORTED, RunFailed, one_line, one_line_errors
 from experiments.lit_lm import LitLM
+from experiments.loggers import make_loggers
 from experiments.manifest import manifest
 from experiments.metrics import MetricsFile, summarise
 from experiments.optim import make_optimizer
 from experiments.run_dir import RunDir, read_checkpoint, write_json, write_text
+from experiments.signals import StopRequest
+from experiments.strategy import trainer_options
 from models.language_model import LanguageModel
 
 
 def fit(run: RunDir) -> None:
-    """Train a run to its budget, from its last checkpoint if there is one, and write its result."""
+    """Train a run to its budget, from its last checkpoint if there is one, and write its result.
+
+    SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 make it save and raise SystemExit.
+    """
+    with StopRequest() as stop:
+        train(run, stop)
+
+
+def train(run: RunDir, stop: StopRequest) -> None:
+    """As `fit`, within which a signal is noted in ``stop``."""
     cfg = run.config
     quiet_lightning()
     check_config(cfg)
@@ -51,28 +58,22 @@ def fit(run: RunDir) -> None:
     model = make(cfg.model.net)
     check_model(model, cfg, data)
     try:
-        trainer, module, datamodule = build(run, model, data, n_steps)
+        trainer, module, datamodule = build(run, model, data, n_steps, stop)
     except MisconfigurationException as error:  # devices that are not there
         raise ValueError(one_line(error)) from None
 
-    last = run.path / "checkpoints" / "last.ckpt"
-    if last.is_file():
-        read_checkpoint(last)  # one clear line for a damaged one
-        before = run.manifest.get("data", {}).get("fingerprint", data.fingerprint)
-        if before != data.fingerprint:
-            raise ValueError(
-                f"{run.path} was trained on other data than {data.path} now holds: "
-                "choose another suite=NAME, or remove that folder to train again"
-            )
+    checkpoint = starting_point(run, trainer.is_global_zero)
+    if checkpoint is not None:
+        check_data(run, data)
     described = manifest(run, model, data, trainer)
     module.peak_flops = described["device"]["peak_flops"]
     if trainer.is_global_zero:
         write_json(run.path / "manifest.json", described)
         write_text(run.path / "tokenizer.json", data.tokenizer.to_json())
-    trainer.fit(
-        module, datamodule=datamodule, ckpt_path=last if last.is_file() else None, weights_only=True
-    )
-    trainer.save_checkpoint(last)
+    # again: what was drawn since depends on what an earlier start left; a checkpoint has its own
+    L.seed_everything(cfg.seed + trainer.global_rank, verbose=False)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    trainer.save_checkpoint(run.path / "checkpoints" / LAST)
     if trainer.is_global_zero:
         result = summarise(
             MetricsFile(run.path / "metrics.csv"), model.flops_per_token(cfg.ctx_len)
@@ -81,8 +82,18 @@ def fit(run: RunDir) -> None:
         print(f"{run.name}: {run.summary()}", flush=True)
 
 
+def check_data(run: RunDir, data: TokenData) -> None:
+    """Raise ValueError if what is to go on was trained on other data."""
+    before = run.manifest or getattr(continued_run(run), "manifest", {})
+    if before.get("data", {}).get("fingerprint", data.fingerprint) != data.fingerprint:
+        raise ValueError(
+            f"{run.path} was trained on other data than {data.path} now holds: "
+            "choose another suite=NAME, or remove that folder to train again"
+        )
+
+
 def build(
-    run: RunDir, model: LanguageModel, data: TokenData, n_steps: int
+    run: RunDir, model: LanguageModel, data: TokenData, n_steps: int, stop: StopRequest
 ) -> tuple[L.Trainer, LitLM, TokenDataModule]:
     """The three Lightning parts of a run: trainer, module, data."""
     cfg = run.config
@@ -90,8 +101,9 @@ def build(
     flops = model.flops_per_token(cfg.ctx_len)
     val_every = max(1, round(n_steps / cfg.n_validations))
     run_log = RunLog(MetricsFile(run.path / "metrics.csv"), tokens_per_step, flops, cfg.log_every)
+    places = trainer_options(cfg)
     trainer = L.Trainer(
-        **trainer_options(cfg),
+        **places | {"plugins": [*places["plugins"], AtomicCheckpointIO()]},
         precision=cfg.precision,
         max_steps=n_steps,
         max_epochs=-1,
@@ -101,10 +113,12 @@ def build(
         callbacks=[
             run_log,
             TokenBar(run.name, tokens_per_step),
-            Checkpoints(run.path / "checkpoints", run_log, val_every, cfg.checkpoint_every_min),
+            Checkpoints(
+                run.path / "checkpoints", run_log, val_every, cfg.checkpoint_every_min, stop
+            ),
         ],
-        plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False,  # our batches already know their rank
+        enable_checkpointing=False,  # by Lightning itself, beside ours
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=run.path,
@@ -147,20 +161,6 @@ def build(
     return trainer, module, datamodule
 
 
-def trainer_options(cfg: DictConfig) -> dict[str, Any]:
-    """Arguments of Lightning's Trainer from conf/trainer: where and on how many devices.
-
-    Raises:
-        ValueError: for a precision that the device cannot train in.
-    """
-    options = plain(cfg.trainer)
-    if options["accelerator"] == "auto":  # Lightning's own would take Apple's GPUs, untested here
-        options["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"
-    if cfg.precision == "16-mixed" and options["accelerator"] == "cpu":
-        raise ValueError("precision=16-mixed needs a GPU: on a CPU use bf16-mixed or 32-true")
-    return options
-
-
 def check_model(model: LanguageModel, cfg: DictConfig, data: TokenData) -> None:
     """Raise ValueError if the model cannot read the data it is given."""
     padded = -(-data.vocab_size // 512) * 512  # as Pythia's, for the sake of fast matmuls
@@ -174,22 +174,6 @@ def check_model(model: LanguageModel, cfg: DictConfig, data: TokenData) -> None:
         raise ValueError(f"ctx_len {cfg.ctx_len} is longer than the model's {model.max_ctx}")
 
 
-def make_loggers(cfg: DictConfig, run: RunDir) -> list[Any]:
-    """The loggers of the config beside metrics.csv; W&B and TensorBoard go on where they were."""
-    identity = hashlib.sha256(f"{run.name}/{config_hash(plain(cfg))}".encode()).hexdigest()[:12]
-    extra: dict[str, dict[str, Any]] = {
-        "tensorboard": {},
-        "wandb": {"id": identity, "name": run.name},
-        "mlflow": {"run_name": run.name},
-    }
-    loggers = []
-    for key, node in cfg.logger.items():
-        logger = make(node, save_dir=str(run.path), **extra.get(key, {}))
-        logger.log_hyperparams(plain(cfg))
-        loggers.append(logger)
-    return loggers
-
-
 def quiet_lightning() -> None:
     """Silence Lightning's chatter about things this suite decides by itself."""
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -199,6 +183,8 @@ def quiet_lightning() -> None:
         ".*your dataloader is not resumable.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*treespec.*",
+        ".*`srun` command is available.*",  # processes of one machine start each other
+        ".*FSDP2-wrapped module .* returned a view.*",  # which nothing changes in place
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -224,7 +210,8 @@ def attempt_locked(run: RunDir) -> None:
         fit(run)
     except Exception as error:
         reason = explain(error, run)
-        write_text(error_file, f"{reason}\n\n{traceback.format_exc()}")
+        with suppress(OSError):  # a full disk: the reason is printed
+            write_text(error_file, f"{reason}\n\n{traceback.format_exc()}")
         if isinstance(error, ValueError | OSError | ImportError) and not run.manifest:
             raise  # bad input: nothing was trained
         if isinstance(error, (*REPORTED, LossNotFinite, torch.OutOfMemoryError)):

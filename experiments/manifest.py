@@ -13,7 +13,8 @@ import lightning.pytorch as L
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
-from experiments.config import config_hash, plain
+from experiments.config import config_hash, plain, total_budget
+from experiments.continuation import continued_run
 from experiments.data.token_data import TokenData
 from experiments.run_dir import RunDir
 from models.language_model import LanguageModel, count_parameters
@@ -67,6 +68,7 @@ def manifest(
         peak, source = earlier["device"]["peak_flops"], earlier["device"]["peak_source"]
     else:
         peak, source = peak_flops(device, cfg.precision)
+    before = continued_run(run)
     kept = ("name", "vocab_size", "n_train_tokens", "n_val_tokens", "n_val_bytes", "xz_bpb")
     return {
         "suite": cfg.suite,
@@ -89,7 +91,8 @@ def manifest(
         "n_embd": model.n_embd,
         "ctx_len": cfg.ctx_len,
         "batch_size": cfg.batch_size,
-        "budget_tokens": cfg.budget_tokens,
+        "budget_tokens": total_budget(cfg),
+        **({"continued": {"run": before.name, "step": step_of(before)}} if before else {}),
         "flops_per_token": model.flops_per_token(cfg.ctx_len),
         "recipe": {"optim": cfg.optim.name, "schedule": cfg.schedule.name},
         "precision": cfg.precision,
@@ -113,6 +116,12 @@ def manifest(
             "peak_source": source,
         },
     }
+
+
+def step_of(run: RunDir) -> int:
+    """The last step of a finished run."""
+    assert run.result is not None
+    return run.result["step"]
 
 
 def peak_memory_bytes(device: torch.device) -> int:
