@@ -129,28 +129,18 @@ class Claim:
         """
         lock = take_lock(folder / ".lock")
         try:
-            while True:
-                last = newest(folder)
-                if last is None or last.released or is_dead(folder, last, lock is not None):
-                    break
-                watched = (last.number, last.touched_ns), time.monotonic()
-                before = _watched.setdefault(folder, watched)
-                if before[0] != watched[0]:
-                    _watched[folder] = watched
-                if not wait or before[0] != watched[0]:  # or: it has been seen to live
-                    raise RunLocked(f"another process is training {folder} ({last})")
-                time.sleep(min(1.0, BEAT_S))
+            last = free_claim(folder, lock is not None, wait)
             number = 1 if last is None else last.number + 1
             describe(folder / f".claim.{number}", new=True)
-            if newest(folder).number != number:  # type: ignore[union-attr]
+            if (winner := newest(folder)) is None or winner.number != number:
                 (folder / f".claim.{number}").unlink(missing_ok=True)
-                raise RunLocked(f"another process is training {folder} ({newest(folder)})")
+                raise RunLocked(busy(folder, winner))
             for older in folder.glob(".claim.*"):
                 if older.suffix[1:].isdigit() and int(older.suffix[1:]) < number:
                     older.unlink(missing_ok=True)
         except FileExistsError:
             close(lock)
-            raise RunLocked(f"another process is training {folder} ({newest(folder)})") from None
+            raise RunLocked(busy(folder, newest(folder))) from None
         except BaseException:
             close(lock)
             raise
@@ -235,10 +225,7 @@ def take_lock(path: Path) -> int | None:
         except BlockingIOError:
             if attempt == 4:
                 os.close(file)
-                who = newest(path.parent)
-                raise RunLocked(
-                    f"another process is training {path.parent}" + (f" ({who})" if who else "")
-                ) from None
+                raise RunLocked(busy(path.parent, newest(path.parent))) from None
             time.sleep(0.01)
         except OSError:
             break
@@ -251,16 +238,34 @@ def close(lock: int | None) -> None:
         os.close(lock)
 
 
-def is_dead(folder: Path, last: Holder, locked: bool) -> bool:
-    """True if the holder of a claim is known to be dead; `locked`: we hold the machine's lock."""
-    if locked and last.machine == this_machine():
-        return True
-    seen = _watched.get(folder)
-    return (
-        seen is not None
-        and seen[0] == (last.number, last.touched_ns)
-        and time.monotonic() - seen[1] > DEAD_S
-    )
+def busy(folder: Path, who: Holder | None) -> str:
+    return f"another process is training {folder}" + (f" ({who})" if who else "")
+
+
+def free_claim(folder: Path, locked: bool, wait: bool) -> Holder | None:
+    """The newest claim of a folder, released or of a dead holder; None if there never was one.
+
+    Args:
+        locked: we hold this machine's lock, so no claim of this machine is alive.
+        wait: go on watching another machine's until it is seen to be alive or dead.
+
+    Raises:
+        RunLocked: if it may be alive.
+    """
+    while True:
+        last = newest(folder)
+        if last is None or last.released or (locked and last.machine == this_machine()):
+            return last
+        sight = (last.number, last.touched_ns)
+        first = _watched.get(folder)
+        moves = first is not None and first[0] != sight
+        if first is None or moves:
+            _watched[folder] = first = (sight, time.monotonic())
+        if time.monotonic() - first[1] > DEAD_S:
+            return last
+        if moves or not wait:
+            raise RunLocked(busy(folder, last))
+        time.sleep(min(1.0, BEAT_S))
 
 
 def describe(path: Path, new: bool = False, released: bool = False) -> None:

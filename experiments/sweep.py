@@ -19,7 +19,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from experiments import grid
+from experiments import grid, ranks
 from experiments.cell import ASK_REQUEUE, REQUEUE, Outcome, Stops
 from experiments.claim import holder
 from experiments.entry import REPORTED, one_line, one_line_errors
@@ -27,7 +27,9 @@ from experiments.launches import Launch
 from experiments.places import places
 from experiments.pool import ASK_S, Pool
 from experiments.run_dir import RunDir
+from experiments.status import state, table
 
+DONE = ("done", "skipped", "other")
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
@@ -51,6 +53,11 @@ def sweep(config: DictConfig) -> int:
     Raises:
         ValueError, HydraException: if the grid or the launch cannot be understood.
     """
+    if ranks.started():
+        raise ValueError(
+            "a sweep starts its processes by itself: leave torchrun or srun out, or give "
+            "hydra/launcher=slurm"
+        )
     cells = grid.expand(config)
     common = set.intersection(*map(set, cells)) if len(cells) > 1 else set()
     remembered = grid.Remembered(config)
@@ -151,7 +158,10 @@ def failed(label: str, error: Exception) -> Outcome:
 
 
 def report(outcomes: Sequence[Outcome]) -> None:
-    """Print how many cells ended how, and every one that is not done."""
+    """Print a table, how many cells ended how, and why those that are not done are not."""
+    runs = [o.run for o in outcomes if len(outcomes) <= 40 or o.status not in DONE]
+    if runs:
+        print(table([state(RunDir(r)) for r in runs if Path(r, "config.yaml").is_file()]))
     counts = Counter(outcome.status for outcome in outcomes)
     parts = [
         f"{counts['done']} trained",
@@ -165,7 +175,7 @@ def report(outcomes: Sequence[Outcome]) -> None:
             parts.append(f"{counts[status]} {words.get(status, status)}")
     print(f"sweep: {', '.join(parts)}", flush=True)
     for outcome in outcomes:
-        if outcome.status not in ("done", "skipped", "other", "waiting"):
+        if outcome.status not in (*DONE, "waiting"):
             line = f"  {outcome.status}: {outcome.run}: {outcome.detail}"
             print(line, file=sys.stderr, flush=True)
 
