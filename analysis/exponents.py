@@ -80,7 +80,7 @@ def held_out_size(study: Study) -> Table:
             "foretold [95 % band]",
             lambda r: fmt.interval(r["predicted"], r["low"], r["high"], 4),
         ),
-        ("measured", lambda r: f"{r['measured']:.4f} ({r['n_runs']} runs)"),
+        ("measured", lambda r: f"{r['measured']:.4f} ({r['n_runs']} run{'s' * (r['n_runs'] > 1)})"),
         ("measured / foretold", lambda r: f"{100 * (r['measured'] / r['predicted'] - 1):+.2f} %"),
         ("within the band", lambda r: "yes" if r["inside"] else "no"),
         ("note", lambda r: r["note"] or fmt.MISSING),

@@ -94,7 +94,7 @@ def _draw(axes: Axes, group: pd.DataFrame, family: str, key: str) -> Trend | Non
     color, gap = fmt.family_color(family), group[key]
     ends = np.abs(group[[f"{key}_low", f"{key}_high"]].to_numpy(float).T - gap.to_numpy())
     axes.errorbar(
-        group[SIZE], gap, np.nan_to_num(ends), color=color, marker=style.marker(family), ls="",
+        group[SIZE], gap, ends, color=color, marker=style.marker(family), ls="",
         ms=5.5, capsize=4, elinewidth=1.4, zorder=3, label=fmt.family_name(family),
     )  # fmt: skip
     trend = gap_trend(group[SIZE], gap)

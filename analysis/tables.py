@@ -66,7 +66,7 @@ def matched_pairs(study: Study) -> Table:
     unmatched = set(runs["model"]) - set(pairs["model"]) - set(pairs["reference"])
     if unmatched:
         names = ", ".join(sorted(unmatched))
-        notes.append(f"Without a partner within 10 % of total parameters: {names}.")
+        notes.append(f"Without a finished partner within 10 % of total parameters: {names}.")
     columns: list[Column] = [
         ("model", cell("model")),
         ("matched GPT", cell("reference")),
@@ -176,7 +176,8 @@ def training_throughput(study: Study) -> Table:
     ]
     notes = [
         "Median over runs of each run's median; beside it the slowest and the fastest run. Peak "
-        "memory: on a CPU of the whole process, PyTorch itself included."
+        "memory: on a CPU of the whole process, PyTorch itself included. MFU: of the peak measured "
+        "as each run began, so beside other work it tells little."
     ]
     return Table("Training throughput and memory", frame, columns, notes)
 

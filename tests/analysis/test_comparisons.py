@@ -94,9 +94,9 @@ def test_seeds_are_averaged_over_each_document_first(tmp_path: Path) -> None:
     assert any("no eval/cloze.documents.jsonl" in note for note in table.notes)
 
 
-@pytest.mark.parametrize(("swing", "better"), [(0.0, "rwkv4_nano"), (0.4, "–")])
+@pytest.mark.parametrize(("swing", "better"), [(0.0, "rwkv4_nano"), (0.2, "–")])
 def test_better_asks_for_the_seeds_too(tmp_path: Path, swing: float, better: str) -> None:
-    """20 points on every document's mean; one seed of three may have lost by as much."""
+    """20 points on every document's mean; a swing of the seeds may leave that to luck."""
     shares = {0: 0.66 + swing, 1: 0.7, 2: 0.74 - swing}
     for seed, share in shares.items():
         for model, right in (("rwkv4_nano", share), ("gpt_nano", 0.5 + 0.01 * (seed - 1))):

@@ -153,6 +153,8 @@ def test_two_sizes_and_one_seed_make_a_gap_without_claims(tmp_path: Path) -> Non
     plot = loss_gap(study)
     assert not any("Straight line" in note or "Bars" in note for note in plot.notes)
     assert any("one seed: no interval" in note for note in plot.notes)
+    (bars,) = [c for c in plot.figure.axes[0].containers if c.has_yerr]
+    assert not any(map(len, bars.lines[2][0].get_segments()))  # none, not one of no length
     for table in (exponents, held_out_size):
         with pytest.raises(NothingToShowError, match="no family has"):
             table(study)
