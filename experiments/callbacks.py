@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import distributed
 from tqdm import tqdm
 
 from experiments.lit_lm import LitLM
@@ -50,6 +51,7 @@ class RunLog(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self.tick()
+        self.pending = over_devices(self.pending)
         return {
             "pending": self.restored + [float(loss) for loss in self.pending],
             "time_s": self.time_s,
@@ -96,7 +98,7 @@ class RunLog(Callback):
         assert isinstance(pl_module, LitLM)
         if len(pl_module.micro_losses) < trainer.accumulate_grad_batches:
             return
-        loss = torch.stack(pl_module.micro_losses).mean()
+        loss = torch.stack(pl_module.micro_losses).double().mean()  # the same in any order
         self.pending += [loss.new_tensor(value) for value in self.restored]
         self.restored = []
         self.pending.append(loss)
@@ -106,7 +108,8 @@ class RunLog(Callback):
 
     def write_training_row(self, trainer: L.Trainer, module: LitLM) -> None:
         self.check_finite(trainer, module)
-        loss = trainer.strategy.reduce(torch.stack(self.pending).mean(), reduce_op="mean")
+        loss = torch.stack(self.pending).mean()
+        peak_memory = torch.tensor(peak_memory_bytes(module.device), device=module.device)
         self.tick()
         n_tokens = len(self.pending) * self.tokens_per_step
         elapsed = self.time_s - self.logged_time_s
@@ -122,11 +125,12 @@ class RunLog(Callback):
                 "train/grad_norm": float(module.grad_norm),
                 "perf/tokens_per_s": tokens_per_s,
                 "perf/mfu": tokens_per_s and tokens_per_s * self.flops_per_token / peak_flops,
-                "perf/peak_mem_bytes": peak_memory_bytes(module.device),
+                "perf/peak_mem_bytes": int(trainer.strategy.reduce(peak_memory, reduce_op="max")),
             },
         )
 
     def check_finite(self, trainer: L.Trainer, module: LitLM) -> None:
+        self.pending = over_devices(self.pending)  # all stop, or none
         first = trainer.global_step - len(self.pending) + 1
         losses = torch.stack(self.pending).tolist() if self.pending else []
         for step, loss in enumerate(losses, first):
@@ -164,6 +168,15 @@ class RunLog(Callback):
             self.metrics.append(row)
             for logger in trainer.loggers:
                 logger.log_metrics({k: v for k, v in row.items() if v is not None}, step=step)
+
+
+def over_devices(losses: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The mean of each over all processes, which must call this together; again changes nothing."""
+    if not losses or not (distributed.is_available() and distributed.is_initialized()):
+        return losses
+    total = torch.stack(losses)
+    distributed.all_reduce(total)
+    return list((total / distributed.get_world_size()).unbind())
 
 
 class TokenBar(Callback):

@@ -152,9 +152,12 @@ def check(path: Path) -> None:
 
 def replace(source: Path, target: Path) -> None:
     """Rename a file or folder, whatever stood in its place."""
-    if target.is_dir() or source.is_dir():  # a folder replaces nothing by itself
-        remove(target)
+    aside = target.with_name(f".{target.name}.old")
+    if target.exists() and (target.is_dir() or source.is_dir()):
+        remove(aside)
+        os.replace(target, aside)  # a folder replaces nothing by itself, and takes long to remove
     os.replace(source, target)
+    remove(aside)
 
 
 def remove(path: Path) -> None:

@@ -45,6 +45,11 @@ def started() -> tuple[int, int] | None:
     return int(environ.get("LOCAL_WORLD_SIZE", n_all)), n_all
 
 
+def started_as() -> int:
+    """This process's number among those that were `started`."""
+    return int(os.environ["RANK"])
+
+
 def start() -> None:
     """Join the other processes, if torchrun or srun started several."""
     if started():

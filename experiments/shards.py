@@ -5,6 +5,7 @@ back whole, on any number of processes. torch.distributed.checkpoint's own folde
 reading one runs the pickles in it.
 """
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.checkpoint_files import write
+from experiments.checkpoint_files import put, remove, write
 
 SHARDED = ("state_dict", "optimizer_states")  # the parts of a checkpoint that hold such tensors
 NAME = re.compile(r"rank-(\d+)-of-(\d+)\.pt")
@@ -74,6 +75,16 @@ def read_shards(folder: Path, take: Callable[[Tensor], Tensor] = lambda x: x) ->
 
     whole = {key: map_tensors(join, [part[key] for part in parts]) for key in SHARDED}
     return parts[0] | whole
+
+
+def make_whole(path: Path) -> None:
+    """Put a file, as any other strategy writes it, in the place of a folder of shards."""
+    if path.is_dir():
+        new = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            put(new, path, write(read_shards(path), new))
+        finally:
+            remove(new)
 
 
 def map_tensors(function: Callable[..., Tensor], trees: list[Any]) -> Any:

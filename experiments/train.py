@@ -5,13 +5,18 @@ command again skips what is finished, goes on with what is not, and refuses what
 """
 
 import contextlib
+import os
 import shutil
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from experiments.cell import Outcome, Stops, train_cell
+from experiments import ranks
+from experiments.cell import COMMAND, Outcome, Stops, train_cell
 from experiments.entry import entry
 from experiments.grid import place
 from experiments.pool import Pool
@@ -35,10 +40,40 @@ def train(run: RunDir) -> int:
     return outcome.exit_code or exit_code([outcome], stops.received)
 
 
+def train_together(path: Path, frozen: dict[str, Any]) -> None:
+    """Train a run as one of the processes that torchrun or srun started for it; never returns.
+
+    The first of them freezes the config, the others wait until it is the one they composed too.
+
+    Raises:
+        ValueError: if the config cannot be frozen, or is not within five minutes.
+    """
+    file, text = path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(frozen)).encode()
+    deadline = time.monotonic() + 300
+    if ranks.started_as() == 0:
+        run = RunDir.store(path, frozen)
+        if run.finished:
+            print(f"{run.name}: finished already", flush=True)
+    while not (path / "result.json").is_file() and not (
+        file.is_file() and file.read_bytes() == text
+    ):
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{file} is not what this process composed: see the first one's output"
+            )
+        time.sleep(0.1)
+    if (path / "result.json").is_file():
+        sys.exit(0)
+    os.execv(COMMAND[0], [*COMMAND, str(path)])  # signals and exit codes are the run's own
+
+
 @entry("train")
 def main(cfg: DictConfig) -> None:
     """One run; a multirun never comes here, `experiments.sweep` ends it."""
-    run = RunDir.store(*place(cfg, list(HydraConfig.get().overrides.task)))
+    path, frozen = place(cfg, list(HydraConfig.get().overrides.task))
+    if ranks.started() and not cfg.dry_run:
+        train_together(path, frozen)
+    run = RunDir.store(path, frozen)
     if cfg.dry_run:
         print(f"would train {run.path}")
         return
