@@ -32,8 +32,9 @@ def test_a_suite_of_converted_runs_makes_a_report(official: Path) -> None:
     index, text = report.build("official", official.parent, contents, allow_mixed=False)
     absent = {line.split(": ")[1] for line in text.splitlines() if line.startswith("not shown")}
     assert absent == {
-        "scaling", "matched_pairs", "scaling_fits", "loss_curves", "throughput",
-        "training_throughput", "runs", "left_out",
+        "scaling", "matched_pairs", "loss_gap", "scaling_fits", "exponents", "held_out_size",
+        "loss_curves", "loss_against_compute", "throughput", "training_throughput", "runs",
+        "left_out",
     }  # fmt: skip
     for name in set(contents) - absent:
         assert (index.with_name(f"{name}.png").exists()) != (index.with_name(f"{name}.md").exists())
