@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: setup demo test check
+.PHONY: setup demo test check slurm ray
 
 setup: .venv/installed
 
@@ -29,3 +29,12 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A sweep on a real SLURM of one node: as root, after apt-get install slurmctld slurmd slurm-client munge.
+slurm: setup
+	$(BIN)/python -m pytest -s tests/cluster/slurm_proof.py
+
+# A sweep on a real Ray of this machine.
+ray: setup
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[ray]'
+	$(BIN)/python -m pytest -s tests/cluster/ray_proof.py

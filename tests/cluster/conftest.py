@@ -1,0 +1,109 @@
+"""What the proofs on real clusters share: a small sweep, its undisturbed result, comparisons."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.metrics import MetricsFile
+from experiments.run_dir import RunDir, read_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+CELLS = ("rwkv4_pico", "gpt_pico")
+
+
+class Sweep:
+    """Four cells, two of each family, with runs and data below one folder.
+
+    Args:
+        folder: where everything goes.
+        n_tokens: budget of each cell.
+    """
+
+    def __init__(self, folder: Path, n_tokens: int) -> None:
+        self.folder = folder
+        text = folder / "a.txt"
+        text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(2000)))
+        self.shared = [
+            "data=text",
+            "trainer=cpu",
+            "n_threads=1",
+            f"data.source.paths={text}",
+            "data.val_tokens=500",
+            f"paths.runs={folder / 'runs'}",
+            f"paths.data={folder / 'data'}",
+            "ctx_len=64",
+            "batch_size=4",
+            f"budget_tokens={n_tokens}",
+            "log_every=20",
+            "n_validations=4",
+            "checkpoint_every_min=0.1",
+        ]
+
+    def start(self, suite: str, *given: str) -> subprocess.Popen[str]:
+        """The command, started; what it prints is in `<suite>.log`."""
+        words = [f"suite={suite}", f"model={','.join(CELLS)}", "seed=0,1", *given, *self.shared]
+        with open(self.folder / f"{suite}.log", "a") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "experiments.train", "-m", *words],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+    def run(self, suite: str, *given: str) -> int:
+        """The command, to its end; its exit code."""
+        return self.start(suite, *given).wait(timeout=3600)
+
+    def printed(self, suite: str) -> str:
+        return (self.folder / f"{suite}.log").read_text()
+
+    def cells(self, suite: str) -> list[RunDir]:
+        """The run directories of a suite, in a fixed order."""
+        return [RunDir(p.parent) for p in sorted(self.folder.glob(f"runs/{suite}/*/*/config.yaml"))]
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 600) -> None:
+    """Return as soon as a condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
+def rows(run: RunDir) -> list[dict[str, str]]:
+    """metrics.csv without what a clock or a memory meter decides."""
+    table = MetricsFile(run.path / "metrics.csv").rows()
+    return [
+        {k: v for k, v in row.items() if not k.startswith("perf/") and k != "time_s"}
+        for row in table
+    ]
+
+
+def assert_same(runs: list[RunDir], undisturbed: list[RunDir]) -> None:
+    """Every weight and every metric is equal, bit for bit."""
+    assert len(runs) == len(undisturbed) > 0
+    for run, other in zip(runs, undisturbed, strict=True):
+        assert run.finished
+        assert other.finished
+        a, b = (read_checkpoint(r.checkpoint("last"))["state_dict"] for r in (run, other))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), run.name
+        assert rows(run) == rows(other), run.name
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """The sweep, trained once without any cluster or disturbance as the suite ``quiet``."""
+    made = Sweep(tmp_path_factory.mktemp("sweep"), n_tokens=1_000_000)
+    start = time.monotonic()
+    assert made.run("quiet", "jobs=2") == 0, made.printed("quiet")
+    print(f"\nundisturbed, two at once on this machine: {time.monotonic() - start:.0f} s")
+    return made

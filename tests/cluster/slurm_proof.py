@@ -1,0 +1,118 @@
+"""Sweeps on a real SLURM of one node: ``make slurm``, as root, with Debian's packages.
+
+Time limits, preemption, cancelled jobs and killed launchers change no bit of any weight.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from experiments.cluster import in_queue, queued_job
+
+from .conftest import ROOT, Sweep, assert_same, wait_for
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("slurm")
+    subprocess.run([HERE / "slurm_up", folder], check=True, timeout=60)
+    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+    try:
+        yield
+    finally:
+        subprocess.run([HERE / "slurm_down", folder], check=True, timeout=60)
+        del os.environ["SLURM_CONF"]
+
+
+@pytest.fixture(scope="module")
+def limit_min() -> int:
+    """A time limit in which a run starts, but does not end. SLURM has none below a minute."""
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import experiments.fit"], check=True, cwd=ROOT)
+    return 1 if time.monotonic() - start < 10 else 3
+
+
+def requeues(sweep: Sweep, suite: str) -> int:
+    logs = sweep.folder.glob(f"runs/{suite}/.submitit/*/*_log.out")
+    return sum(log.read_text().count("Requeued job") for log in logs)
+
+
+def test_a_time_limit_requeues_cells_until_they_are_done(sweep: Sweep, limit_min: int) -> None:
+    start = time.monotonic()
+    limit = [f"hydra.launcher.timeout_min={limit_min}", "hydra.launcher.signal_delay_s=15"]
+    code = sweep.run("limited", "hydra/launcher=slurm", *limit)
+    n = requeues(sweep, "limited")
+    print(f"\nlimit of {limit_min} min: {time.monotonic() - start:.0f} s, {n} requeues")
+    assert code == 0, sweep.printed("limited")
+    assert n > 0
+    assert "4 trained" in sweep.printed("limited")
+    assert_same(sweep.cells("limited"), sweep.cells("quiet"))
+
+
+def test_killed_launcher_preempted_and_cancelled_jobs(sweep: Sweep) -> None:
+    start = time.monotonic()
+    first = sweep.start("hurt", "hydra/launcher=slurm")
+
+    def training() -> list[str]:
+        return [
+            str(queued_job(r)) for r in sweep.cells("hurt") if (r.path / "metrics.csv").exists()
+        ]
+
+    try:
+        wait_for(lambda: len(training()) == 2)
+    finally:
+        first.kill()
+        first.wait()
+    preempted, cancelled = training()
+    subprocess.run(["scontrol", "requeue", preempted], check=True)
+    again = sweep.start("hurt", "hydra/launcher=slurm")
+    try:
+        wait_for(lambda: "4 cells are in SLURM's queue already" in sweep.printed("hurt"))
+        subprocess.run(["scancel", cancelled], check=True)
+        code = again.wait(timeout=3600)
+    finally:
+        again.kill()
+    assert code == 1, sweep.printed("hurt")
+    assert "3 trained" in sweep.printed("hurt")
+    assert "1 interrupted" in sweep.printed("hurt")
+    assert in_queue([cancelled]) == set()
+    assert sweep.run("hurt", "hydra/launcher=slurm") == 0, sweep.printed("hurt")
+    assert "1 trained, 3 finished before" in sweep.printed("hurt")
+    assert_same(sweep.cells("hurt"), sweep.cells("quiet"))
+    print(f"\nkilled launcher, requeue, scancel: {time.monotonic() - start:.0f} s")
+
+
+def test_sbatch_alone_with_two_processes_of_srun(sweep: Sweep, limit_min: int) -> None:
+    start = time.monotonic()
+    given = ["suite=plain", "model=rwkv4_pico", "trainer=ddp", "trainer.accelerator=cpu"]
+    given += ["micro_batch_size=2", "dry_run=true"]
+    shared = [word for word in sweep.shared if word != "trainer=cpu"]
+    freeze = [sys.executable, "-m", "experiments.train", *given, *shared]
+    subprocess.run(freeze, check=True, cwd=ROOT, timeout=120)
+    (run,) = sweep.cells("plain")
+    options = [f"--time={limit_min}", "--signal=USR1@15", "--ntasks=2", "--ntasks-per-node=2"]
+    options += [f"--output={sweep.folder}/plain.log"]
+    said = subprocess.run(
+        ["sbatch", *options, "docs/fit.sbatch", str(run.path)],
+        check=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+    ).stdout
+    job = said.split()[-1]
+    wait_for(lambda: run.finished or not in_queue([job]), 3600)
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
+    (restarts,) = re.findall(r"Restarts=(\d+)", shown)
+    print(f"\nsbatch, two ranks: {time.monotonic() - start:.0f} s, {restarts} requeues")
+    assert run.finished, sweep.printed("plain")
+    assert int(restarts) > 0
+    assert_same([run], [r for r in sweep.cells("quiet") if "rwkv4_pico/seed=0" in str(r.path)])
