@@ -13,7 +13,6 @@ from collections.abc import Callable
 import lightning.pytorch as L
 import torch
 from hydra import compose
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from experiments.fit import build, quiet_lightning
 from experiments.lit_lm import LitLM, clip_gradients
 from experiments.run_dir import RunDir
 from experiments.signals import StopRequest
+from experiments.targets import make
 from models.language_model import LanguageModel
 
 UNTIMED = 2  # first steps of each loop, in which memory is allocated
@@ -75,7 +75,7 @@ class Loops:
     def parts(self) -> tuple[L.Trainer, LitLM, TokenDataModule]:
         """What `fit` would train with, the model freshly initialised."""
         torch.manual_seed(self.run.config.seed)
-        self.model = instantiate(self.run.config.model.net)
+        self.model = make(self.run.config.model.net, LanguageModel)
         trainer, module, datamodule = build(
             self.run, self.model, self.data, self.n_steps, self.stop
         )

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_method
 from omegaconf import DictConfig
 
+from experiments.config import plain
 from experiments.entry import as_typed, entry
-from experiments.run_dir import check_targets, plain, write_json
+from experiments.run_dir import write_json
+from experiments.targets import check_targets, resolve
 
 SHARED = ("n_threads", "out", "paths")  # keys of conf/benchmark.yaml; the rest are the function's
 
@@ -22,14 +23,14 @@ def run(settings: dict[str, Any]) -> None:
     check_targets(settings)
     n_threads, out, _ = (settings.pop(key) for key in SHARED)
 
-    from experiments.bench_measure import check_counts, machine
+    from experiments.bench_measure import Report, check_counts, machine
 
     if n_threads is not None:
         check_counts(n_threads=n_threads)
         import torch
 
         torch.set_num_threads(n_threads)
-    benchmark = get_method(settings.pop("_target_"))
+    benchmark = resolve(settings.pop("_target_"), Report)
     where = machine()
     gpu = f", {where['gpu']}" if where["gpu"] else ""
     print(

@@ -9,9 +9,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-# A run directory may come from somebody else: its config instantiates nothing but these.
-ALLOWED_TARGETS = ("models.", "experiments.", "lightning.pytorch.loggers.")
-
 # How a launch goes about its cells; no part of a run's config.
 LAUNCH_KEYS = ("jobs", "fail_fast", "dry_run")
 # How a run is executed, not what it computes: these may change between a start and its resume.
@@ -121,6 +118,15 @@ def step_count(cfg: DictConfig) -> int:
     return int(total_budget(cfg)) // tokens_per_step
 
 
+def folder_name(name: Any, what: str) -> str:
+    """The name, if a folder of that name stays where it is put; else ValueError."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*", str(name)):
+        raise ValueError(
+            f"{what} {str(name)!r} cannot name a folder: use letters, digits, '_', '-', '.'"
+        )
+    return str(name)
+
+
 def execution_keys(config: Mapping[Any, Any]) -> tuple[str, ...]:
     """The keys of a config that do not change what is computed, but for rounding."""
     truncated = config.get("backprop", "full") == "truncated"
@@ -200,36 +206,3 @@ def config_hash(config: dict[str, Any]) -> str:
     execution = execution_keys(config)
     rows = {k: v for k, v in flatten(config).items() if not covers(execution, k)}
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def check_targets(node: Any, where: str = "config") -> None:
-    """Raise ValueError if a config would instantiate anything outside ALLOWED_TARGETS."""
-    if isinstance(node, dict):
-        target = node.get("_target_")
-        if target is not None and not str(target).startswith(ALLOWED_TARGETS):
-            raise ValueError(
-                f"{where} wants to instantiate {target!r}; allowed are targets that start with "
-                f"{', '.join(ALLOWED_TARGETS)}"
-            )
-        for value in node.values():
-            check_targets(value, where)
-    elif isinstance(node, list):
-        for value in node:
-            check_targets(value, where)
-
-
-def make(node: DictConfig, **kwargs: Any) -> Any:
-    """Instantiate a config node whose target is allowed.
-
-    Raises:
-        ValueError: if its target cannot be built from these values, with the target's own reason.
-    """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    check_targets(plain(node))
-    try:
-        return instantiate(node, **kwargs)
-    except InstantiationException as error:
-        cause = error.__cause__ or error
-        raise ValueError(" ".join(str(cause).split())) from error

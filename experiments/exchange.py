@@ -14,10 +14,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from experiments.config import make
 from experiments.data.tokenizer import END_OF_TEXT, JsonTokenizer, Tokenizer, read_tokenizer
 from experiments.outside import compare
 from experiments.run_dir import RunDir, model_weights, write_json, write_text
+from experiments.targets import make
 from experiments.weights_file import (
     Source,
     load_pickle,
@@ -227,7 +227,7 @@ def export_checkpoint(
     run = RunDir(source)
     path = run.checkpoint(checkpoint)
     with torch.device("meta"):
-        model = make(run.config.model.net)
+        model = make(run.config.model.net, LanguageModel)
     kinds = {cls: kind for kind, cls in convert.FAMILIES.items() if kind.startswith("hf_")}
     if type(model) not in kinds:
         raise ValueError(f"{source} is a {type(model).__name__}, which no format is for")

@@ -17,10 +17,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from experiments.callbacks import LossNotFinite, RunLog, TokenBar
-from experiments.checkpoint_files import LAST, AtomicCheckpointIO
+from experiments.checkpoint_files import BEST, LAST, AtomicCheckpointIO
 from experiments.checkpoints import Checkpoints
 from experiments.claim import RunLocked
-from experiments.config import check_config, make, step_count
+from experiments.config import check_config, step_count
 from experiments.continuation import continued_run, starting_point
 from experiments.data.prepare import prepare
 from experiments.data.token_data import TokenData, TokenDataModule
@@ -29,10 +29,12 @@ from experiments.lit_lm import LitLM
 from experiments.loggers import make_loggers
 from experiments.manifest import manifest
 from experiments.metrics import MetricsFile, summarise
-from experiments.optim import make_optimizer
+from experiments.optim import Schedule, make_optimizer
 from experiments.run_dir import RunDir, read_checkpoint, write_json, write_text
+from experiments.shards import make_whole
 from experiments.signals import StopRequest
 from experiments.strategy import trainer_options
+from experiments.targets import make
 from models.language_model import LanguageModel
 
 
@@ -55,7 +57,7 @@ def train(run: RunDir, stop: StopRequest) -> None:
     data = TokenData.open(prepare(cfg.data))
     n_steps = step_count(cfg)
     L.seed_everything(cfg.seed, verbose=False)
-    model = make(cfg.model.net)
+    model = make(cfg.model.net, LanguageModel)
     check_model(model, cfg, data)
     try:
         trainer, module, datamodule = build(run, model, data, n_steps, stop)
@@ -68,6 +70,7 @@ def train(run: RunDir, stop: StopRequest) -> None:
     described = manifest(run, model, data, trainer)
     module.peak_flops = described["device"]["peak_flops"]
     if trainer.is_global_zero:
+        remove_leftovers(run)
         write_json(run.path / "manifest.json", described)
         write_text(run.path / "tokenizer.json", data.tokenizer.to_json())
     # again: what was drawn since depends on what an earlier start left; a checkpoint has its own
@@ -75,11 +78,22 @@ def train(run: RunDir, stop: StopRequest) -> None:
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     trainer.save_checkpoint(run.path / "checkpoints" / LAST)
     if trainer.is_global_zero:
+        for name in (BEST, LAST):
+            make_whole(run.path / "checkpoints" / name)
         result = summarise(
             MetricsFile(run.path / "metrics.csv"), model.flops_per_token(cfg.ctx_len)
         )
         write_json(run.path / "result.json", result)
         print(f"{run.name}: {run.summary()}", flush=True)
+
+
+def remove_leftovers(run: RunDir) -> None:
+    """Remove what a process that was killed while it wrote left under temporary names."""
+    for name in ("manifest.json", "tokenizer.json", "metrics.csv", "result.json", "error.txt"):
+        for leftover in run.path.glob(f".{name}.*"):
+            remove(leftover)
+    for leftover in (run.path / "checkpoints").glob(".*"):
+        remove(leftover)
 
 
 def check_data(run: RunDir, data: TokenData) -> None:
@@ -138,7 +152,7 @@ def build(
     module = LitLM(
         model,
         make_optimizer=lambda m: make_optimizer(m, **optim),
-        schedule=make(cfg.schedule.function),
+        schedule=make(cfg.schedule.function, Schedule),
         total_steps=n_steps,
         loss=cfg.loss,
         penalty=cfg.optim.max_logit_penalty,
@@ -226,7 +240,7 @@ def explain(error: Exception, run: RunDir) -> str:
         last = run.path / "checkpoints" / "last.ckpt"
         kept = (
             f"checkpoint of step {read_checkpoint(last)['global_step']} kept; "
-            if last.is_file()
+            if last.exists()
             else ""
         )
         return f"{error}; {kept}lower optim.peak_lr={cfg.optim.peak_lr} or use precision=32-true"

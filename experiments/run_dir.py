@@ -6,7 +6,6 @@ Named by content (suite, model, overrides), never by the clock. CONTRIBUTING.md 
 import glob
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,13 +19,13 @@ from experiments.checksums import CHECKSUMS, is_whole
 from experiments.claim import Claim, RunLocked
 from experiments.config import (
     LAUNCH_KEYS,
-    check_targets,
     config_difference,
     execution_keys,
-    make,
+    folder_name,
     plain,
     run_tag,
 )
+from experiments.targets import check_targets, make, read_config
 
 if TYPE_CHECKING:
     from experiments.data.tokenizer import Tokenizer
@@ -95,16 +94,15 @@ class RunDir:
         """
         frozen = {key: value for key, value in plain(config).items() if key not in LAUNCH_KEYS}
         check_targets(frozen)
-        for part in (str(frozen["suite"]), str(frozen["model"]["name"])):
-            if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*", part):
-                raise ValueError(f"{part!r} cannot name a folder: use letters, digits, '_-.'")
+        suite = folder_name(frozen["suite"], "suite")
+        model = folder_name(frozen["model"]["name"], "model.name")
         tag = run_tag(overrides, frozen["seed"], execution_keys(frozen))
         if frozen.get("continue_to") is not None:
             others = [o for o in overrides if o.lstrip("+").partition("=")[0] != "continue_to"]
             frozen["continues"] = run_tag(others, frozen["seed"], execution_keys(frozen))
             if frozen["continues"] == tag:
                 raise ValueError("continue_to names a directory: give it on the command line")
-        path = Path(frozen["paths"]["runs"]) / frozen["suite"] / frozen["model"]["name"] / tag
+        path = Path(frozen["paths"]["runs"]) / suite / model / tag
         return path, frozen
 
     @classmethod
@@ -173,15 +171,8 @@ class RunDir:
 
     @cached_property
     def config(self) -> DictConfig:
-        """The frozen config; read once, checked against the allow-list of targets."""
-        try:
-            config = OmegaConf.load(self.path / "config.yaml")
-        except Exception as error:
-            raise ValueError(f"{self.path / 'config.yaml'} is not readable YAML: {error}") from None
-        if not isinstance(config, DictConfig):
-            raise ValueError(f"{self.path / 'config.yaml'} is not a mapping")
-        check_targets(plain(config), str(self.path / "config.yaml"))
-        return config
+        """The frozen config; read once, and checked: it may be somebody else's."""
+        return read_config(self.path)
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         try:
@@ -325,6 +316,7 @@ def load_model(
     """
     import torch
 
+    from models.language_model import LanguageModel
     from models.ops.linear import round_matrices
 
     if dtype not in DTYPES:
@@ -332,7 +324,7 @@ def load_model(
     path = run.checkpoint(checkpoint)
     weights = model_weights(read_checkpoint(path), path)
     with torch.device("meta"):  # no time spent on an initialisation that is overwritten
-        model = make(run.config.model.net)
+        model = make(run.config.model.net, LanguageModel)
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:

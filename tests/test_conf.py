@@ -10,8 +10,9 @@ from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from experiments.config import check_targets, flatten, plain
+from experiments.config import flatten, plain
 from experiments.entry import CONF_DIR
+from experiments.targets import check_targets
 
 GROUPS = ("model", "data", "optim", "schedule", "trainer", "logger", "experiment", "debug")
 

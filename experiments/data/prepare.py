@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.config import folder_name
 from experiments.data.sources import TextSource
 from experiments.data.token_files import TokenSource, check_ids
 from experiments.data.token_stream import (
@@ -37,6 +36,7 @@ from experiments.data.token_stream import (
     xz_bits_per_byte,
 )
 from experiments.data.tokenizer import Tokenizer
+from experiments.targets import make
 
 FORMAT = 1  # raised when the same settings would give other tokens
 WORK = ".tmp-"  # how names of unfinished folders start
@@ -54,7 +54,8 @@ def prepare(
     disk; nothing half-made is left behind.
     """
     settings = _settings(cfg)
-    source, tokenizer = _build(settings["source"]), _build(settings["tokenizer"])
+    source = make(settings["source"], TextSource, TokenSource)
+    tokenizer = make(settings["tokenizer"], Tokenizer, partial=True)
     _check_vocabulary(settings.get("vocab_size"), tokenizer)
     key = _digest(
         {
@@ -114,6 +115,7 @@ def _settings(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ValueError(f"data config: {str(error).splitlines()[0]}") from None
     assert isinstance(settings, dict)
+    folder_name(settings["name"], "data.name")
     val_tokens = settings["val_tokens"]
     if val_tokens is not None and not (isinstance(val_tokens, int) and val_tokens >= 2):
         raise ValueError(f"data.val_tokens={val_tokens} must be a whole number, 2 or more")
@@ -134,16 +136,6 @@ def _check_vocabulary(size: int | None, tokenizer: Tokenizer | partial[Tokenizer
         actual = tokenizer.vocab_size
     if size not in (None, actual):
         raise ValueError(f"data.vocab_size={size}, but the tokenizer has {actual} ids")
-
-
-def _build(node: Any) -> Any:
-    try:
-        return instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, ValueError | OSError):
-            raise cause from None
-        raise ValueError(" ".join(str(error).split())) from None
 
 
 def _tokenizer_identity(node: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from experiments.data.files import content_id, find_both
 
@@ -25,6 +25,7 @@ Piece = tuple[str, bool]
 Span = tuple[Path, int, int]  # bytes [start, end) of a file
 
 
+@runtime_checkable
 class TextSource(Protocol):
     """What `prepare` asks of a source of text."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -55,6 +55,7 @@ class _IndexedSpan(TokenSpan):
     n_sequences: int
 
 
+@runtime_checkable
 class TokenSource(Protocol):
     """What `prepare` asks of a source of ids."""
 

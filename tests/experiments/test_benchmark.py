@@ -21,8 +21,9 @@ from experiments.bench_measure import (
     peak_memory,
 )
 from experiments.benchmark import SHARED
+from experiments.config import plain
 from experiments.entry import CONF_DIR
-from experiments.run_dir import check_targets, plain
+from experiments.targets import check_targets
 
 BENCHES = sorted(path.stem for path in (CONF_DIR / "bench").glob("*.yaml"))
 

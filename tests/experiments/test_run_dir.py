@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.config import check_targets, config_difference, config_hash, run_tag
+from experiments.config import config_difference, config_hash, run_tag
 from experiments.run_dir import (
     RunDir,
     find_runs,
@@ -17,6 +17,7 @@ from experiments.run_dir import (
     write_json,
     write_text,
 )
+from experiments.targets import check_targets
 
 
 def config(runs: Path, **changes: object) -> DictConfig:
