@@ -13,23 +13,24 @@ MIN_SIZES = 3  # of a fit with an interval
 
 
 def exponents(study: Study) -> Table:
-    """The difference of each family's exponent from the GPT's, with its interval."""
+    """The difference of each family's exponent from the GPT's over matched sizes, with its
+    interval."""
     runs, notes = best_variants(study.trained)
     loss, unit = loss_of(runs)
-    by_family = dict(groups(runs, "family"))
+    partner = scaling.partners(runs)
     rows = []
-    for family, group in by_family.items():
-        for x, name in X_NAMES.items() if family != REFERENCE and REFERENCE in by_family else ():
-            sides = [group, by_family[REFERENCE]]
+    for family, group in groups(runs[runs["model"].isin(list(partner))], "family"):
+        sides = [group, runs[runs["model"].isin(group["model"].map(partner))]]
+        for x, name in X_NAMES.items():
             if min(side[x].nunique() for side in sides) < MIN_SIZES:
                 continue
             mine, theirs = (scaling.fit_power_law(side[x], side[loss]) for side in sides)
             difference, low, high = scaling.exponent_difference(mine, theirs)
             about = {"family": family, "x": name, "b": mine.b, "reference/b": theirs.b}
-            about |= {"n_sizes": mine.n_sizes, "reference/n_sizes": theirs.n_sizes}
+            about |= {"n_sizes": mine.n_sizes}
             rows.append(about | {"difference": difference, "low": low, "high": high})
     if not rows:
-        raise NothingToShowError(f"no family has {MIN_SIZES} sizes beside {MIN_SIZES} of a GPT")
+        raise NothingToShowError(f"no family has {MIN_SIZES} sizes with a matched GPT")
     columns: list[Column] = [
         ("family", cell("family", fmt.family_name)),
         ("x", cell("x")),
@@ -39,12 +40,12 @@ def exponents(study: Study) -> Table:
             "difference [95 % interval]",
             lambda r: fmt.interval(r["difference"], r["low"], r["high"], 3, "+"),
         ),
-        ("sizes", lambda r: f"{r['n_sizes']} / {r['reference/n_sizes']}"),
+        ("matched sizes", cell("n_sizes")),
         ("falls faster with x", _faster),
     ]
     notes.append(
-        f"Loss in {unit}, a x^-b over size means. Difference of b: Welch's t interval, from the "
-        "scatter of sizes around each law. Where a law bends, its scatter is that bend, and the "
+        f"Loss in {unit}, a x^-b over the means of sizes that both have. Difference of b: "
+        "Welch's t interval, from the scatter of sizes around each law. Where a law bends, its scatter is that bend, and the "
         "interval is about these sizes only."
     )
     return Table("Exponents compared", pd.DataFrame(rows), columns, notes + budget_notes(runs))

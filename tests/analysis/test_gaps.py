@@ -1,6 +1,7 @@
 """The gap against size and the laws compared: closed forms, simulated coverage, planted studies."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,6 +114,19 @@ def test_equal_budgets_are_not_said_to_differ(tmp_path: Path) -> None:
         planted.write_run(tmp_path, "study", model)
     notes = loss_gap(load_study(tmp_path / "study")).notes
     assert not any("budgets differ" in note for note in notes)
+
+
+def test_exponents_are_of_the_sizes_that_both_have(tmp_path: Path) -> None:
+    """A law that bends has another exponent over another range: half-finished sides are cut."""
+    write_study(tmp_path, {"rwkv4": (7.0, 0.1), "gpt": (9.0, 0.1)}, noise=0.0)
+    study = load_study(tmp_path / "study")
+    runs = study.runs
+    runs.loc[runs["model"].str.endswith(("_d", "_e")), "val/bpb"] *= 1.3
+    unfinished = runs["model"].isin(["gpt_d", "gpt_e"])
+    table = exponents(replace(study, runs=runs[~unfinished]))
+    row = table.frame.set_index("x").loc["non-embedding parameters"]
+    assert row["n_sizes"] == 3
+    assert (row["b"], row["difference"]) == pytest.approx((0.1, 0.0))
 
 
 def test_the_largest_size_is_foretold_or_not(tmp_path: Path) -> None:
