@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import distributed
 
 from experiments.callbacks import RunLog
-from experiments.checkpoint_files import BEST, LAST, duplicate, remove
+from experiments.checkpoint_files import BEST, LAST, duplicate
 from experiments.lit_lm import LitLM
 from experiments.metrics import format_cell
 from experiments.signals import StopRequest
@@ -71,9 +71,6 @@ class Checkpoints(Callback):
         self.stop.install()  # Lightning's own would stop in the middle of a validation, unsaved
         self.stop.training = True
         self.saved_at = time.monotonic()
-        if trainer.is_global_zero:
-            for leftover in self.folder.glob(".*.ckpt.*"):  # of a process killed while it saved
-                remove(leftover)
         # from the file, rewound to the step at hand: it and best.ckpt can never disagree
         losses = self.run_log.metrics.column("val/loss")
         self.best_loss = min((loss for _, loss in losses), default=math.inf)

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from experiments.callbacks import LossNotFinite, RunLog, TokenBar
-from experiments.checkpoint_files import BEST, LAST, AtomicCheckpointIO
+from experiments.checkpoint_files import BEST, LAST, AtomicCheckpointIO, remove
 from experiments.checkpoints import Checkpoints
 from experiments.claim import RunLocked
 from experiments.config import check_config, step_count
