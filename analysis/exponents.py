@@ -45,8 +45,8 @@ def exponents(study: Study) -> Table:
     ]
     notes.append(
         f"Loss in {unit}, a x^-b over the means of sizes that both have. Difference of b: "
-        "Welch's t interval, from the scatter of sizes around each law. Where a law bends, its scatter is that bend, and the "
-        "interval is about these sizes only."
+        "Welch's t interval, from the scatter of sizes around each law. Where a law bends, its "
+        "scatter is that bend, and the interval is about these sizes only."
     )
     return Table("Exponents compared", pd.DataFrame(rows), columns, notes + budget_notes(runs))
 
