@@ -17,8 +17,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from experiments.bench_measure import Report, bar, check_counts, interleaved, paired_ratio
+from experiments.data.data_module import TokenDataModule
 from experiments.data.prepare import prepare
-from experiments.data.token_data import TokenData, TokenDataModule
+from experiments.data.token_data import TokenData
 from experiments.fit import build, quiet_lightning
 from experiments.lit_lm import LitLM, clip_gradients
 from experiments.run_dir import RunDir

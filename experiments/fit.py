@@ -22,8 +22,9 @@ from experiments.checkpoints import Checkpoints
 from experiments.claim import RunLocked
 from experiments.config import check_config, step_count
 from experiments.continuation import continued_run, starting_point
+from experiments.data.data_module import TokenDataModule
 from experiments.data.prepare import prepare
-from experiments.data.token_data import TokenData, TokenDataModule
+from experiments.data.token_data import TokenData
 from experiments.entry import REPORTED, RunFailed, one_line, one_line_errors
 from experiments.lit_lm import LitLM
 from experiments.loggers import make_loggers

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.data import token_data
+from experiments.data.data_module import TokenDataModule
 from experiments.data.prepare import prepare
 from experiments.data.token_data import (
     IGNORED,
     TokenData,
-    TokenDataModule,
     TrainWindows,
     ValWindows,
     permute,

@@ -1,0 +1,78 @@
+"""The data module that serves a run its batches, step by step, to each of its processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from experiments.data.token_data import MicroBatches, TokenData, TrainWindows, ValWindows
+
+
+class TokenDataModule(lightning.pytorch.LightningDataModule):
+    """Serves batches of batch_size sequences, micro-batch by micro-batch, from the global step on.
+
+    Needs `Trainer(use_distributed_sampler=False)`. `trainer` may be absent: one device, step 0.
+    Raises ValueError when ctx_len does not fit the data or the batch does not divide into micro-
+    batches (see `accumulate`).
+    """
+
+    def __init__(
+        self,
+        data: TokenData,
+        ctx_len: int,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.data, self.ctx_len, self.num_workers = data, ctx_len, num_workers
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.train_windows = TrainWindows(data, ctx_len, seed)
+        self.val_windows = ValWindows(data, ctx_len)
+        self.accumulate(1)
+
+    def accumulate(self, world_size: int) -> int:
+        """Micro-batches per device and optimizer step."""
+        per_pass = self.micro_batch_size * world_size
+        if self.batch_size < 1 or self.micro_batch_size < 1 or self.batch_size % per_pass:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of"
+                f" micro_batch_size={self.micro_batch_size} x {world_size} devices: change either"
+            )
+        return self.batch_size // per_pass
+
+    def batch_samples(self, step: int) -> range:
+        """Sample numbers of a step's batch; `train_windows[n]` shows each."""
+        return range(step * self.batch_size, (step + 1) * self.batch_size)
+
+    def _place(self) -> tuple[int, int, int]:
+        if self.trainer is None:
+            return 0, 1, 0
+        return self.trainer.global_rank, self.trainer.world_size, self.trainer.global_step
+
+    def train_dataloader(self) -> DataLoader:
+        rank, world_size, step = self._place()
+        self.accumulate(world_size)
+        order = MicroBatches(self.batch_size, self.micro_batch_size, rank, world_size, step)
+        return self._loader(self.train_windows, order)
+
+    def val_dataloader(self) -> DataLoader:
+        rank, world_size, _ = self._place()
+        n, size = len(self.val_windows), self.micro_batch_size
+        # whole batches are shared, so that sums are the same on any number of devices
+        batches = [list(range(i, min(i + size, n))) for i in range(0, n, size)]
+        batches += [[n]] * (-len(batches) % world_size)  # all ranks work as often
+        return self._loader(self.val_windows, batches[rank::world_size])
+
+    def _loader(self, windows: Dataset, batches: Any) -> DataLoader:
+        return DataLoader(
+            windows,
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            generator=torch.Generator(),  # it would take its workers' seed from the run's own
+            pin_memory=torch.cuda.is_available(),
+        )
