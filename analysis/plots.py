@@ -158,7 +158,8 @@ def training_throughput(study: Study) -> Plot:
     title = f"{family_names(runs)}: training throughput"
     machine = runs.reindex(columns=["device/name", "device/n_threads", "precision"])
     # a speed is of one way of training alone
-    way = ["{}, {} threads, {}".format(*map(fmt.text, row)) for row in machine.to_numpy()]
+    said = ["{}, {} threads, {}".format(*map(fmt.text, row)) for row in machine.to_numpy()]
+    way = [text.replace(" 1 threads", " 1 thread") for text in said]
     ways = list(dict.fromkeys(way))
     about = "median over runs, bars: range" + (f" · {ways[0]}" if len(ways) == 1 else "")
     figure, (axes,) = style.new_figure(title, about, width=7.2)
