@@ -73,6 +73,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         finally:
             remove(new)
 
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        if not Path(path).is_dir():
+            return super().load_checkpoint(path, map_location or "cpu", weights_only)
+        from experiments.shards import read_shards
+
+        return read_shards(Path(path))
+
 
 def put(new: Path, target: Path, sha256: str) -> None:
     """Rename a whole new checkpoint, a file or a folder beside its target, into its place."""

@@ -1,0 +1,98 @@
+"""Runs on several gloo processes of this machine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from experiments.entry import CONF_DIR
+from experiments.metrics import MetricsFile
+from experiments.run_dir import RunDir, read_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Processes:
+    """Freezes runs under a folder and trains them on forked processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.text = folder / "a.txt"
+        self.text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(2000)))
+        self.environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.server = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("rank_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=self.environment,
+        )
+
+    def overrides(self, runs: str, *more: str) -> list[str]:
+        """Of a small run on CPUs whose directory is found under `runs`."""
+        return [
+            "data=text",
+            "debug=smoke",
+            "trainer.accelerator=cpu",
+            "model.net.n_layer=2",
+            f"data.source.paths={self.text}",
+            "data.val_tokens=500",
+            f"paths.runs={self.folder / runs}",
+            f"paths.data={self.folder / 'data'}",
+            *more,
+        ]
+
+    def freeze(self, runs: str, *overrides: str) -> RunDir:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            config = compose("train", overrides=self.overrides(runs, *overrides))
+            return RunDir.freeze(config, [o for o in overrides if o.startswith("model=")])
+
+    def train(self, run: RunDir, n_ranks: int, **job: Any) -> list[int]:
+        """Exit codes of the processes."""
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(json.dumps({"run": str(run.path), "n_ranks": n_ranks} | job) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def copy(self, run: RunDir, runs: str) -> None:
+        """To go on from it elsewhere."""
+        shutil.copytree(run.path, self.folder / runs / Path(*run.path.parts[-3:]))
+
+
+def last_weights(run: RunDir) -> dict[str, torch.Tensor]:
+    return read_checkpoint(run.checkpoint("last"))["state_dict"]
+
+
+def apart(a: RunDir, b: RunDir) -> float:
+    """Relative RMS difference of all weights of two runs."""
+    x, y = last_weights(a), last_weights(b)
+    assert x.keys() == y.keys()
+    squares = sum((x[k].double() - y[k].double()).square().sum() for k in x)
+    return float((squares / sum(x[k].double().square().sum() for k in x)).sqrt())
+
+
+def rows(run: RunDir) -> list[dict[str, str]]:
+    """metrics.csv without what a clock or a memory meter decides."""
+    table = MetricsFile(run.path / "metrics.csv").rows()
+    return [
+        {k: v for k, v in row.items() if not k.startswith("perf/") and k != "time_s"}
+        for row in table
+    ]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    made = Processes(tmp_path_factory.mktemp("runs"))
+    yield made
+    made.server.kill()
+    made.server.wait()

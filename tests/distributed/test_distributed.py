@@ -1,0 +1,132 @@
+"""Two processes train as one does, and go on where another number of them stopped."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.metrics import MetricsFile
+from experiments.run_dir import RunDir, load_model, read_checkpoint
+
+from .conftest import Processes, apart, rows
+
+SMALL = [
+    "batch_size=8",
+    "micro_batch_size=2",
+    "budget_tokens=4096",
+]  # 8 steps of 2 x 2 micro-batches
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def whole(processes: Processes) -> RunDir:
+    """A sharded run that was never stopped."""
+    run = processes.freeze("whole", "model=gpt_nano", "trainer=fsdp", *SMALL)
+    assert processes.train(run, 2) == [0, 0]
+    return run
+
+
+def test_sharded_processes_train_as_one(processes: Processes, whole: RunDir) -> None:
+    one = processes.freeze("one", "model=gpt_nano", "trainer=cpu", *SMALL)
+    assert processes.train(one, 1, adds_as="fsdp") == [0]
+    assert apart(one, whole) == 0
+    assert rows(one) == rows(whole)
+    assert whole.checkpoint("last").is_file()
+    assert whole.checkpoint("best").is_file()
+
+
+def test_copies_of_a_model_train_as_one(processes: Processes) -> None:
+    one = processes.freeze("one", "model=rwkv4_nano", "trainer=cpu", *SMALL)
+    two = processes.freeze("ddp", "model=rwkv4_nano", "trainer=ddp", *SMALL)
+    assert processes.train(one, 1, adds_as="ddp") == [0]
+    assert processes.train(two, 2) == [0, 0]
+    assert apart(one, two) == 0
+    assert rows(one) == rows(two)
+
+
+def test_speed_and_utilisation_are_of_all_devices(whole: RunDir) -> None:
+    device = whole.manifest["device"]
+    assert device["n_devices"] == 2
+    peak = 2 * device["peak_flops"]
+    times = {0: 0.0}
+    for row in MetricsFile(whole.path / "metrics.csv").rows():
+        step, time_s = int(row["step"]), float(row["time_s"])
+        if not row["perf/mfu"]:
+            continue
+        assert int(row["tokens"]) == step * 8 * 64
+        speed = float(row["perf/tokens_per_s"])
+        assert speed == pytest.approx(8 * 64 / (time_s - times[step - 1]), rel=1e-3)
+        used = speed * whole.manifest["flops_per_token"] / peak
+        assert float(row["perf/mfu"]) == pytest.approx(used, rel=1e-6)
+        times[step] = time_s
+
+
+@pytest.fixture(scope="module")
+def stopped(processes: Processes) -> RunDir:
+    """The same run, told to stop by a signal to its second process."""
+    run = processes.freeze("stopped", "model=gpt_nano", "trainer=fsdp", *SMALL)
+    assert processes.train(run, 2, stop=[1, 5]) == [143, 143]
+    assert run.checkpoint("last").is_dir()
+    return run
+
+
+def test_a_stopped_sharded_run_goes_on_to_the_same_end(
+    processes: Processes, whole: RunDir, stopped: RunDir
+) -> None:
+    processes.copy(stopped, "same")
+    same = processes.freeze("same", "model=gpt_nano", "trainer=fsdp", *SMALL)
+    assert processes.train(same, 2) == [0, 0]
+    assert apart(whole, same) == 0
+    assert rows(whole) == rows(same)
+
+
+# the sums are in another order: Adam gives what is nothing but rounding, as the gradient of the
+# keys' biases, steps of full size
+@pytest.mark.parametrize(("trainer", "n_ranks"), [("cpu", 1), ("ddp", 2)])
+def test_a_stopped_sharded_run_goes_on_by_any_other_strategy(
+    processes: Processes, whole: RunDir, stopped: RunDir, trainer: str, n_ranks: int
+) -> None:
+    processes.copy(stopped, trainer)
+    other = processes.freeze(trainer, "model=gpt_nano", f"trainer={trainer}", *SMALL)
+    assert processes.train(other, n_ranks) == [0] * n_ranks
+    assert apart(whole, other) < 1e-3
+    for a, b in zip(rows(whole), rows(other), strict=True):
+        assert a.keys() == b.keys()
+        assert [float(x or 0) for x in a.values()] == pytest.approx(
+            [float(x or 0) for x in b.values()], rel=1e-5
+        )
+
+
+def test_a_stopped_sharded_run_can_be_evaluated(stopped: RunDir) -> None:
+    assert read_checkpoint(stopped.checkpoint("last"))["global_step"] == 5
+    logits, _ = load_model(stopped, "last")(torch.arange(32)[None])
+    assert logits.isfinite().all()
+    weights = read_checkpoint(stopped.checkpoint("last"))["optimizer_states"][0]["state"]
+    assert all(float(state["step"]) == 5 for state in weights.values())
+
+
+def test_a_process_that_dies_ends_the_run_and_the_next_start_goes_on(
+    processes: Processes, whole: RunDir
+) -> None:
+    run = processes.freeze(
+        "killed", "model=gpt_nano", "trainer=fsdp", "checkpoint_every_min=1e-9", *SMALL
+    )
+    first, second = processes.train(run, 2, kill=[1, 6])
+    assert first != 0
+    assert second == -9
+    assert not run.finished
+    assert read_checkpoint(run.checkpoint("last"))["global_step"] in (5, 6)
+    assert processes.train(run, 2) == [0, 0]
+    assert apart(whole, run) == 0
+    assert rows(whole) == rows(run)
+
+
+def test_a_file_of_a_shard_that_was_changed_is_noticed(stopped: RunDir, tmp_path: Path) -> None:
+    shard = stopped.checkpoint("last") / "rank-1-of-2.pt"
+    content = shard.read_bytes()
+    try:
+        shard.write_bytes(content[:-100] + bytes(100))
+        with pytest.raises(ValueError, match="is damaged"):
+            load_model(stopped, "last")
+    finally:
+        shard.write_bytes(content)
