@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: setup demo test check slurm ray
+.PHONY: setup demo test check slurm ray faults
 
 setup: .venv/installed
 
@@ -38,3 +38,7 @@ slurm: setup
 ray: setup
 	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[ray]'
 	$(BIN)/python -m pytest -s tests/cluster/ray_proof.py
+
+# Trainings killed fifty times for each family, in every part of their work: minutes.
+faults: setup
+	$(BIN)/python -m pytest -s tests/faults/*_proof.py

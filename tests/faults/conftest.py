@@ -1,0 +1,223 @@
+"""Small trainings that are killed again and again, and what must be left of them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from experiments.entry import CONF_DIR
+from experiments.metrics import MetricsFile
+from experiments.run_dir import RunDir, read_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+N_STEPS, LOG_EVERY, N_VALIDATIONS = 24, 5, 4
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
+# functions, and about as many of their lines as a run executes
+AIMS: dict[str, tuple[list[str], int]] = {
+    "step": (["LitLM.training_step", "RunLog.on_train_batch_end", "Checkpoints.save_if_due"], 300),
+    "validation": (["LitLM.validation_step", "Checkpoints.on_validation_end"], 60),
+    "checkpoint": (
+        ["AtomicCheckpointIO.save_checkpoint", "put", "duplicate", "replace", "write_text "
+         "checksums.json", "HashedFile.flush", "to_go_on_from", "Checkpoints.save"],
+        250,
+    ),
+    "metrics": (["MetricsFile.append", "MetricsFile.rewind", "write_text metrics.csv"], 60),
+    "result": (
+        ["train", "summarise", "write_text result.json", "write_text manifest.json",
+         "write_text tokenizer.json", "attempt_locked"],
+        75,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def freeze(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunDir]:
+    """Freeze a run that validates, accumulates, and saves after every step."""
+    folder = tmp_path_factory.mktemp("faults")
+    text = folder / "a.txt"
+    text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(2000)))
+
+    def make(runs: Path, *overrides: str) -> RunDir:
+        given = [
+            *("data=text", f"data.source.paths={text}", "data.val_tokens=300", "trainer=cpu"),
+            *("ctx_len=32", "batch_size=4", "micro_batch_size=2", "n_threads=1"),
+            *(f"budget_tokens={N_STEPS * 128}", f"log_every={LOG_EVERY}"),
+            *(f"n_validations={N_VALIDATIONS}", "checkpoint_every_min=1e-9"),
+            *(f"paths.runs={runs}", f"paths.data={folder / 'data'}", *overrides),
+        ]
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            return RunDir.freeze(compose("train", overrides=given), [])
+
+    return make
+
+
+class Server:
+    """`fork_server.py`, asked for one training at a time."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+        self.line()
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the fork server died"
+        return line.strip()
+
+    def start(self, run: RunDir, aim: dict[str, Any] | None = None) -> int:
+        """Start training a run; its process id."""
+        assert self.process.stdin is not None
+        job = {"run": str(run.path), "log": str(run.path / "log.txt"), "aim": aim}
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        return int(self.line())
+
+    def wait(self) -> int:
+        """The exit code of what was started."""
+        return int(self.line())
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    freeze: Callable[..., RunDir], server: Server, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[RunDir, float]]:
+    """A model's run that nothing happened to, and the seconds that it took."""
+    done: dict[str, tuple[RunDir, float]] = {}
+
+    def get(model: str) -> tuple[RunDir, float]:
+        if model not in done:
+            run = freeze(tmp_path_factory.mktemp("undisturbed"), f"model={model}")
+            start = time.monotonic()
+            server.start(run)
+            assert server.wait() == 0, (run.path / "log.txt").read_text()
+            done[model] = run, time.monotonic() - start
+        return done[model]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def kill(
+    freeze: Callable[..., RunDir],
+    undisturbed: Callable[[str], tuple[RunDir, float]],
+    server: Server,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, int], Counter[str]]:
+    """Kill trainings of a model a number of times, at any time and before a line of each of `AIMS`.
+
+    Each is started again until it is done, and compared with the undisturbed one. Returns how many
+    kills were where, and how many trainings they were.
+    """
+
+    def kill(model: str, n_kills: int) -> Counter[str]:
+        whole, seconds = undisturbed(model)
+        draw, counts, n_done = random.Random(f"{model}/{n_kills}"), Counter[str](), 0
+        places = ["any time", *AIMS, "any time"]
+        while n_done < n_kills:
+            run = freeze(tmp_path_factory.mktemp("killed"), f"model={model}")
+            counts["trainings"] += 1
+            while not run.finished:
+                place = places[n_done % len(places)] if n_done < n_kills else "nowhere"
+                number = draw.choice(SIGNALS)
+                code = strike(server, run, place, number, draw, seconds)
+                if code == 0:  # it came too late
+                    assert run.finished
+                    continue
+                log = (run.path / "log.txt").read_text()
+                assert code in (-number, CODES.get(number)), (place, number, log)
+                n_done += 1
+                counts[place] += 1
+            assert_same(whole, run)
+        return counts
+
+    return kill
+
+
+def strike(
+    server: Server, run: RunDir, place: str, number: int, draw: random.Random, seconds: float
+) -> int:
+    """Start a training, let a signal come in some place, and return its exit code."""
+    if place in AIMS:
+        functions, n_lines = AIMS[place]
+        line = draw.randint(1, n_lines)
+        server.start(run, {"functions": functions, "line": line, "signal": number})
+        return server.wait()
+    pid = server.start(run)
+    if place == "any time":
+        time.sleep(draw.uniform(0, 0.8 * seconds))
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+    return server.wait()
+
+
+def assert_same(whole: RunDir, run: RunDir) -> None:
+    """What a training left is that of an undisturbed one, but for times."""
+    for name in ("last", "best"):
+        a, b = (read_checkpoint(one.checkpoint(name)) for one in (whole, run))
+        assert a["global_step"] == b["global_step"]
+        for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+            assert_equal(a[key], b[key])
+    assert untimed(whole.path) == untimed(run.path)
+    table = MetricsFile(run.path / "metrics.csv").rows()
+    steps = [int(row["step"]) for row in table if row["train/loss"]]
+    assert steps == [n for n in range(1, N_STEPS + 1) if n % LOG_EVERY == 0 or n == N_STEPS]
+    times = [float(row["time_s"]) for row in table]
+    assert times == sorted(times)
+    for key in ("step", "tokens", "flops", "train/loss", "val/loss", "val/bpb", "best"):
+        assert (whole.result or {})[key] == (run.result or {})[key]
+    assert run.manifest.keys() == whole.manifest.keys()
+    expected = {p.name for p in whole.path.rglob("*")} | {"previous.ckpt"}
+    left = {p.name for p in run.path.rglob("*") if not p.name.startswith(".claim.")}
+    assert left <= expected
+
+
+def untimed(path: Path) -> list[dict[str, str]]:
+    """metrics.csv without what a clock or a memory meter decides."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith("perf/") and k != "time_s"}
+        for row in MetricsFile(path / "metrics.csv").rows()
+    ]
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    """Equal trees of tensors and values, bit for bit."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b

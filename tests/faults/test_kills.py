@@ -1,0 +1,14 @@
+"""A training that is killed at any moment and started again ends as one that was never killed."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["rwkv4_pico", "gpt_pico"])
+def test_killed_trainings_end_as_undisturbed_ones(
+    kill: Callable[[str, int], Counter[str]], model: str
+) -> None:
+    assert kill(model, 5).total() > 5
