@@ -36,6 +36,7 @@ OPTIONAL = {  # and the extra of ours that each comes with
     "tensorboard": "tensorboard",
     "mlflow": "mlflow",
     "hydra-submitit-launcher": "slurm",
+    "ray": "ray",
 }
 HUB_TIMEOUT_S = 2.0
 

@@ -43,6 +43,8 @@ def one_line(error: BaseException) -> str:
     text = " ".join(" ".join(parts).split())
     if isinstance(error, OSError) and error.errno is not None and error.filename:
         text = f"{error.strerror}: {error.filename}"
+    if "'hydra/launcher/submitit_" in text:  # an optional package brings it
+        text = "hydra/launcher=slurm and submitit_local need pip install -e '.[slurm]'"
     return text or type(error).__name__
 
 

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from experiments import cluster
 from experiments.cell import COMMAND, Outcome
 from experiments.claim import Claim
-from experiments.entry import CONF_DIR
+from experiments.entry import CONF_DIR, one_line
 from experiments.run_dir import RunDir, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +116,12 @@ def test_without_slurm_the_error_says_so(
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="srun"):
         cluster.launch(cells, config(tmp_path, "hydra/launcher=slurm"))
+
+
+def test_a_launcher_whose_package_is_missing_is_a_line() -> None:
+    with pytest.raises(HydraException) as caught:
+        config(Path(), "hydra/launcher=submitit_none")
+    assert "pip install -e '.[slurm]'" in one_line(caught.value)
 
 
 @pytest.mark.usefixtures("_quick")
