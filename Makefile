@@ -41,4 +41,4 @@ ray: setup
 
 # Trainings killed fifty times for each family, in every part of their work: minutes.
 faults: setup
-	$(BIN)/python -m pytest -s tests/faults/*_proof.py
+	$(BIN)/python -m pytest -s tests/faults/*_proof.py tests/faults/*/*_proof.py

@@ -1,4 +1,4 @@
-"""The cells of a sweep: which they are, their configs, and which are known to be finished."""
+"""The cells of a sweep: which they are, their configs, and which are frozen already."""
 
 import hashlib
 import json
@@ -87,15 +87,14 @@ class Remembered:
         except (OSError, ValueError, KeyError, TypeError):
             pass  # missing or damaged: every cell is composed anew
 
-    def finished(self, overrides: Sequence[str]) -> RunDir | None:
-        """The run of a cell that is known and finished, else None."""
+    def known(self, overrides: Sequence[str]) -> RunDir | None:
+        """The run of a cell that was frozen before, if freezing it again would change nothing."""
         try:
             path, files = self.cells[name(overrides)]
             known = all(stamp(file) == then for file, then in files.items())
-            run = RunDir(path) if known else None
+            return RunDir(path) if known else None
         except (KeyError, ValueError, TypeError, AttributeError, OSError):
             return None
-        return run if run and run.finished else None
 
     def note(self, overrides: Sequence[str], run: RunDir, frozen: dict[str, Any]) -> None:
         """Remember where a cell is."""

@@ -62,31 +62,28 @@ def sweep(config: DictConfig) -> int:
     common = set.intersection(*map(set, cells)) if len(cells) > 1 else set()
     remembered = grid.Remembered(config)
     outcomes: dict[str, Outcome] = {}
+    known: dict[Path, RunDir] = {}
     placed: dict[Path, tuple[list[str], dict[str, Any]]] = {}
     for overrides in tqdm(cells, "composing", unit="cell", leave=False, disable=None, delay=1):
-        if run := remembered.finished(overrides):
-            outcomes[str(run.path)] = skipped(run)
-            continue
         try:
-            path, frozen = grid.place(grid.compose(config, overrides), overrides)
-            placed[path] = (overrides, frozen)
+            if run := remembered.known(overrides):
+                known[run.path] = run
+            else:
+                path, frozen = grid.place(grid.compose(config, overrides), overrides)
+                placed[path] = (overrides, frozen)
         except REPORTED as error:
             label = " ".join(o for o in overrides if o not in common) or " ".join(overrides)
             outcomes[label] = failed(label, error)
-    with Launch(placed) as launch:
-        waiting: list[RunDir] = []
+    with Launch([*known, *placed]) as launch:
         for path, (overrides, frozen) in placed.items():
             try:
-                run = RunDir.store(path, frozen, launch.queued_by)
-                remembered.note(overrides, run, frozen)
-                if run.finished:
-                    outcomes[str(path)] = skipped(run)
-                else:
-                    waiting.append(run)
+                known[path] = RunDir.store(path, frozen, launch.queued_by)
+                remembered.note(overrides, known[path], frozen)
             except REPORTED as error:
                 outcomes[str(path)] = failed(str(path), error)
         remembered.save()
-        return finish(waiting, outcomes, config)
+        outcomes |= {str(run.path): skipped(run) for run in known.values() if run.finished}
+        return finish([r for r in known.values() if str(r.path) not in outcomes], outcomes, config)
 
 
 def finish(waiting: list[RunDir], outcomes: dict[str, Outcome], config: DictConfig) -> int:
