@@ -109,7 +109,7 @@ def summarise(metrics: MetricsFile, flops_per_token: int) -> dict[str, Any]:
         "val/loss": losses[-1][1],
         "val/bpb": bits.get(losses[-1][0]),
         "best": {"step": best_step, "val/loss": best_loss, "val/bpb": bits.get(best_step)},
-        "perf/tokens_per_s": statistics.median(speeds) if speeds else None,
+        "perf/tokens_per_s": statistics.median(speeds or [0.0]),  # no speed if the clock stood
         "perf/mfu": statistics.median(utilisations) if utilisations else None,
         "perf/peak_mem_bytes": int(max(peaks)),
     }

@@ -18,6 +18,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from experiments.entry import CONF_DIR
+from experiments.fit import fit
 from experiments.metrics import MetricsFile
 from experiments.run_dir import RunDir, read_checkpoint
 
@@ -50,8 +51,9 @@ def freeze(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunDir]:
     text = folder / "a.txt"
     text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(2000)))
 
-    def make(runs: Path, *overrides: str) -> RunDir:
+    def make(runs: Path, *overrides: str, model: str = "rwkv4_pico") -> RunDir:
         given = [
+            f"model={model}",
             *("data=text", f"data.source.paths={text}", "data.val_tokens=300", "trainer=cpu"),
             *("ctx_len=32", "batch_size=4", "micro_batch_size=2", "n_threads=1"),
             *(f"budget_tokens={N_STEPS * 128}", f"log_every={LOG_EVERY}"),
@@ -106,17 +108,16 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def undisturbed(
-    freeze: Callable[..., RunDir], server: Server, tmp_path_factory: pytest.TempPathFactory
+    freeze: Callable[..., RunDir], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[RunDir, float]]:
     """A model's run that nothing happened to, and the seconds that it took."""
     done: dict[str, tuple[RunDir, float]] = {}
 
     def get(model: str) -> tuple[RunDir, float]:
         if model not in done:
-            run = freeze(tmp_path_factory.mktemp("undisturbed"), f"model={model}")
+            run = freeze(tmp_path_factory.mktemp("undisturbed"), model=model)
             start = time.monotonic()
-            server.start(run)
-            assert server.wait() == 0, (run.path / "log.txt").read_text()
+            fit(run)
             done[model] = run, time.monotonic() - start
         return done[model]
 
@@ -141,7 +142,7 @@ def kill(
         draw, counts, n_done = random.Random(f"{model}/{n_kills}"), Counter[str](), 0
         places = ["any time", *AIMS, "any time"]
         while n_done < n_kills:
-            run = freeze(tmp_path_factory.mktemp("killed"), f"model={model}")
+            run = freeze(tmp_path_factory.mktemp("killed"), model=model)
             counts["trainings"] += 1
             while not run.finished:
                 place = places[n_done % len(places)] if n_done < n_kills else "nowhere"
@@ -177,6 +178,12 @@ def strike(
     return server.wait()
 
 
+@pytest.fixture(scope="session")
+def same_end() -> Callable[[RunDir, RunDir], None]:
+    """`assert_same`, for tests."""
+    return assert_same
+
+
 def assert_same(whole: RunDir, run: RunDir) -> None:
     """What a training left is that of an undisturbed one, but for times."""
     for name in ("last", "best"):
@@ -193,7 +200,7 @@ def assert_same(whole: RunDir, run: RunDir) -> None:
     for key in ("step", "tokens", "flops", "train/loss", "val/loss", "val/bpb", "best"):
         assert (whole.result or {})[key] == (run.result or {})[key]
     assert run.manifest.keys() == whole.manifest.keys()
-    expected = {p.name for p in whole.path.rglob("*")} | {"previous.ckpt"}
+    expected = {p.name for p in whole.path.rglob("*")} | {"log.txt", ".lock"}
     left = {p.name for p in run.path.rglob("*") if not p.name.startswith(".claim.")}
     assert left <= expected
 

@@ -1,0 +1,169 @@
+"""Checkpoint files: whole or not there, known by their SHA-256, the one before kept."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments import checkpoint_files, run_dir
+from experiments.checkpoint_files import (
+    BEST,
+    DAMAGED,
+    LAST,
+    PREVIOUS,
+    AtomicCheckpointIO,
+    duplicate,
+    to_go_on_from,
+)
+from experiments.checksums import CHECKSUMS, digest, is_whole
+from experiments.run_dir import read_checkpoint
+
+
+def save(folder: Path, number: int) -> None:
+    AtomicCheckpointIO().save_checkpoint({"n": number, "x": torch.full((999,), 1.0)}, folder / LAST)
+
+
+def number(path: Path) -> int:
+    return read_checkpoint(path)["n"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where 1 and then 2 was saved; the best is 1."""
+    path = tmp_path / "run" / "checkpoints"
+    path.parent.mkdir()
+    save(path, 1)
+    duplicate(path / LAST, path / BEST)
+    save(path, 2)
+    return path
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle, which torch.load does not see."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def test_the_one_before_is_kept_and_all_are_known(folder: Path) -> None:
+    assert [number(folder / name) for name in (LAST, PREVIOUS, BEST)] == [2, 1, 1]
+    assert all(is_whole(folder / name) for name in (LAST, PREVIOUS, BEST))
+    known = json.loads((folder / CHECKSUMS).read_text())
+    assert known == {name: [digest(folder / name)] for name in (LAST, PREVIOUS, BEST)}
+    assert to_go_on_from(folder) == folder / LAST
+    assert sorted(p.name for p in folder.iterdir()) == [BEST, CHECKSUMS, LAST, PREVIOUS]
+
+
+@pytest.mark.parametrize("damage", [flip, cut, empty, Path.unlink])
+def test_a_damaged_last_one_falls_back_to_the_one_before(
+    folder: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(folder / LAST)
+    assert to_go_on_from(folder) == folder / PREVIOUS
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ")
+    assert "going on from previous.ckpt" in warning
+    assert str(folder / LAST) in warning
+    assert (folder / DAMAGED).exists() == (damage is not Path.unlink)
+    save(folder, 3)  # what is good is not pushed out by what is damaged
+    assert [number(folder / name) for name in (LAST, PREVIOUS)] == [3, 1]
+    assert to_go_on_from(folder) == folder / LAST
+
+
+def test_none_that_is_whole_is_one_line(folder: Path) -> None:
+    for name in (LAST, PREVIOUS):
+        flip(folder / name)
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged: .*no whole previous\.ckpt") as e:
+        to_go_on_from(folder)
+    assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="damaged"):
+        read_checkpoint(folder / LAST)
+    assert to_go_on_from(folder.parent / "nothing") is None
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[1]", '{"last.ckpt": 3}', "\0"])
+def test_without_its_list_a_checkpoint_can_be_read(
+    folder: Path, text: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is None:  # as runs of earlier versions
+        (folder / CHECKSUMS).unlink()
+    else:
+        (folder / CHECKSUMS).write_text(text)
+    assert to_go_on_from(folder) == folder / LAST
+    assert number(folder / LAST) == 2
+    warnings = capsys.readouterr().err
+    assert ("cannot be checked" in warnings) == (text is not None)
+    cut(folder / LAST)  # torch.load still finds what is cut
+    assert to_go_on_from(folder) == folder / PREVIOUS
+    save(folder, 3)
+    assert is_whole(folder / LAST)
+    assert is_whole(folder / PREVIOUS) is None  # nothing is known of it, and nothing is claimed
+
+
+@pytest.mark.slow
+def test_a_kill_before_any_line_of_a_save_leaves_one_to_go_on_from(folder: Path) -> None:
+    """Each line that a save of the last and a copy to the best one execute, in a process each."""
+    watched = {
+        function.__code__
+        for function in (
+            AtomicCheckpointIO.save_checkpoint,
+            checkpoint_files.write,
+            checkpoint_files.put,
+            checkpoint_files.duplicate,
+            checkpoint_files.replace,
+            checkpoint_files.remove,
+            checkpoint_files.sync,
+            run_dir.write_text,
+        )
+    }
+
+    def work(n: int) -> None:
+        left = [n]
+
+        def at_line(frame: Any, event: str, argument: Any) -> Any:
+            if event == "line":
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return at_line
+
+        sys.settrace(lambda frame, event, arg: at_line if frame.f_code in watched else None)
+        save(folder, last + 1)
+        duplicate(folder / LAST, folder / BEST)
+
+    n_kills = 0
+    while True:
+        last = number(folder / LAST)
+        child = os.fork()
+        if not child:
+            try:
+                work(n_kills + 1)
+            finally:
+                os._exit(0)
+        if not os.waitpid(child, 0)[1]:
+            break
+        n_kills += 1
+        path = to_go_on_from(folder)
+        assert path is not None
+        assert number(path) in (last, last + 1)
+        assert number(folder / BEST) <= number(path)
+        if (folder / PREVIOUS).exists():
+            number(folder / PREVIOUS)
+        if path.name == PREVIOUS:  # the moment between the two renames
+            save(folder, last)
+    assert n_kills > 60
+    assert number(folder / LAST) == number(folder / BEST) == last + 1

@@ -1,0 +1,259 @@
+"""What a stopped, killed or robbed run is when it goes on: the run that nothing happened to."""
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import callbacks, checkpoints
+from experiments.checkpoint_files import remove
+from experiments.checkpoints import Checkpoints, rng_state, set_rng_state
+from experiments.fit import fit
+from experiments.lit_lm import LitLM
+from experiments.metrics import MetricsFile
+from experiments.run_dir import RunDir, read_checkpoint
+from experiments.signals import StopRequest
+
+Freeze = Callable[..., RunDir]
+Undisturbed = Callable[[str], tuple[RunDir, float]]
+SameEnd = Callable[[RunDir, RunDir], None]
+
+
+class Killed(BaseException):
+    """Nothing of the program's own catches it."""
+
+
+def before(
+    monkeypatch: pytest.MonkeyPatch, where: type, method: str, action: Callable[[Any], None]
+) -> None:
+    """Do something at the start of each call of a method; its `self` is given."""
+    original = getattr(where, method)
+
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        action(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(where, method, patched)
+
+
+# validations are due after 6, 12, 18 and 24 steps, the last
+@pytest.mark.parametrize(("model", "step"), [("rwkv4_pico", 24), ("gpt_pico", 6)])
+def test_a_validation_is_left_at_once_and_done_at_the_next_start(
+    freeze: Freeze, undisturbed: Undisturbed, same_end: SameEnd, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, model: str, step: int,
+) -> None:  # fmt: skip
+    run = freeze(tmp_path, model=model)
+    batches = []
+
+    def stop(module: LitLM) -> None:
+        if module.trainer.global_step == step:
+            batches.append(step)
+            if len(batches) == 2:
+                os.kill(os.getpid(), signal.SIGUSR2)
+
+    with monkeypatch.context() as patch:
+        before(patch, LitLM, "validation_step", stop)
+        with pytest.raises(SystemExit) as left:
+            fit(run)
+    assert left.value.code == 75
+    assert len(batches) == 2  # of five
+    assert not MetricsFile(run.path / "metrics.csv").column("val/loss")[step // 6 - 1 :]
+    assert read_checkpoint(run.checkpoint("last"))["global_step"] == step
+    fit(RunDir(run.path))
+    same_end(undisturbed(model)[0], run)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code"),
+    [
+        ([signal.SIGINT], 130),
+        ([signal.SIGTERM], 143),
+        ([signal.SIGUSR1], 75),
+        ([signal.SIGUSR2, signal.SIGTERM], 75),  # the cluster's warning, then its end
+        ([signal.SIGTERM, signal.SIGTERM], 143),  # one request that came two ways
+    ],
+)
+def test_signals_are_noted_in_training(numbers: list[signal.Signals], code: int) -> None:
+    handlers = [signal.getsignal(number) for number in numbers]
+    with StopRequest() as stop:
+        stop.training = True
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        assert stop.code == code
+    assert [signal.getsignal(number) for number in numbers] == handlers
+
+
+def test_a_second_signal_means_now_and_so_does_one_before_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with StopRequest(), pytest.raises(SystemExit) as left:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert left.value.code == 75
+    now = [0.0]
+    monkeypatch.setattr("experiments.signals.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with StopRequest() as stop:
+        stop.training = True
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.code == 130
+        now[0] = 1.5
+        with pytest.raises(SystemExit) as left:
+            os.kill(os.getpid(), signal.SIGINT)
+    assert left.value.code == 130
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+    def draw() -> list[Any]:
+        return [random.random(), np.random.rand(), torch.rand(3).tolist(), np.random.randn()]
+
+    draw()
+    torch.save(rng_state(), tmp_path / "state.pt")
+    drawn = draw()
+    draw()
+    set_rng_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert draw() == drawn
+
+
+def test_a_model_that_draws_random_numbers_resumes_exactly(
+    freeze: Freeze, same_end: SameEnd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It draws from all three generators; killed before its first save, and after some."""
+    original = LitLM.training_step
+
+    def drawing(self: LitLM, batch: Any, batch_idx: int) -> torch.Tensor:
+        share = 0.1 * (torch.rand(()) + random.random() + np.random.rand())
+        return original(self, batch, batch_idx) * (1 - share)
+
+    monkeypatch.setattr(LitLM, "training_step", drawing)
+    whole, run = freeze(tmp_path / "whole"), freeze(tmp_path / "run")
+    fit(whole)
+    for kill_at in (1, 7):
+        with monkeypatch.context() as patch:
+            before(patch, LitLM, "configure_gradient_clipping", kill_in(kill_at))
+            with pytest.raises(Killed):
+                fit(RunDir(run.path))
+        assert (run.path / "checkpoints" / "last.ckpt").is_file() == (kill_at > 1)
+    fit(RunDir(run.path))
+    same_end(whole, run)
+
+
+def kill_in(step: int) -> Callable[[LitLM], None]:
+    def kill(module: LitLM) -> None:
+        if module.trainer.global_step == step - 1:
+            raise Killed
+
+    return kill
+
+
+def test_files_removed_under_a_running_job(
+    freeze: Freeze, undisturbed: Undisturbed, same_end: SameEnd, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run = freeze(tmp_path)
+    files = {5: "metrics.csv", 8: "checkpoints/last.ckpt", 11: "checkpoints", 16: "metrics.csv"}
+
+    def remove_or_kill(module: LitLM) -> None:
+        step = module.trainer.global_step
+        if step in files:
+            remove(run.path / files[step])
+        kill_in(18)(module)
+
+    with monkeypatch.context() as patch:
+        before(patch, LitLM, "configure_gradient_clipping", remove_or_kill)
+        with pytest.raises(Killed):
+            fit(run)
+    fit(RunDir(run.path))
+    same_end(undisturbed("rwkv4_pico")[0], run)
+
+
+def stop_at_second(original: Callable[..., Any]) -> Callable[..., Any]:
+    calls = []
+
+    def patched(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise Killed
+        return original(*args)
+
+    return patched
+
+
+def test_the_best_checkpoint_is_restored_if_the_kill_came_before_its_copy(
+    freeze: Freeze, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = freeze(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "copy_best", stop_at_second(Checkpoints.copy_best))
+        with pytest.raises(Killed):
+            fit(run)
+    assert read_checkpoint(run.checkpoint("best"))["global_step"] == 6
+    assert read_checkpoint(run.checkpoint("last"))["global_step"] == 12
+    with monkeypatch.context() as patch:
+        patch.setattr(LitLM, "on_train_start", lambda self: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            fit(RunDir(run.path))
+    assert read_checkpoint(run.checkpoint("best"))["global_step"] == 12
+
+
+def test_a_clock_that_is_set_back(
+    freeze: Freeze, undisturbed: Undisturbed, same_end: SameEnd, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """By an hour a second, or standing still: saves go on, no row has a negative time or speed."""
+    run = freeze(tmp_path, "checkpoint_every_min=5")
+    now = [1e6]
+
+    def back() -> float:
+        now[0] -= 3600
+        return now[0]
+
+    clock = SimpleNamespace(perf_counter=back, monotonic=back, time=back)
+    monkeypatch.setattr(callbacks, "time", clock)
+    monkeypatch.setattr(checkpoints, "time", clock)
+    saves = []
+    before(monkeypatch, Checkpoints, "save", lambda self: saves.append(1))
+    fit(run)
+    assert len(saves) > 20
+    same_end(undisturbed("rwkv4_pico")[0], run)
+    table = MetricsFile(run.path / "metrics.csv").rows()
+    assert {float(row["time_s"]) for row in table} == {0.0}
+    assert not [row for row in table if row["perf/tokens_per_s"]]
+
+
+@pytest.mark.slow
+def test_workers_for_the_rest(
+    freeze: Freeze, undisturbed: Undisturbed, same_end: SameEnd, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run = freeze(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "copy_best", stop_at_second(Checkpoints.copy_best))
+        with pytest.raises(Killed):
+            fit(run)
+    run = freeze(tmp_path, "num_workers=1")
+    fit(run)
+    same_end(undisturbed("rwkv4_pico")[0], run)
+
+
+def test_a_damaged_checkpoint_and_metrics_file_cost_no_more_than_some_steps(
+    freeze: Freeze, undisturbed: Undisturbed, same_end: SameEnd, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = freeze(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "copy_best", stop_at_second(Checkpoints.copy_best))
+        with pytest.raises(Killed):
+            fit(run)
+    last = run.checkpoint("last")
+    last.write_bytes(last.read_bytes()[:5000])
+    (run.path / "metrics.csv").write_bytes(b"step,tok\x00\n1,2,3")
+    fit(RunDir(run.path))
+    assert "warning: " in capsys.readouterr().err
+    (run.path / "checkpoints" / "damaged.ckpt").unlink()
+    same_end(undisturbed("rwkv4_pico")[0], run)
