@@ -34,7 +34,7 @@ from experiments.optim import Schedule, make_optimizer
 from experiments.run_dir import RunDir, read_checkpoint, write_json, write_text
 from experiments.shards import make_whole
 from experiments.signals import StopRequest
-from experiments.strategy import trainer_options
+from experiments.strategy import is_lost_peer, trainer_options
 from experiments.targets import make
 from models.language_model import LanguageModel
 
@@ -220,16 +220,19 @@ def attempt(run: RunDir) -> None:
 
 def attempt_locked(run: RunDir) -> None:
     error_file = run.path / "error.txt"
-    error_file.unlink(missing_ok=True)
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        error_file.unlink(missing_ok=True)
     try:
         fit(run)
     except Exception as error:
         reason = explain(error, run)
+        lost = is_lost_peer(error)
         with suppress(OSError):  # a full disk: the reason is printed
-            write_text(error_file, f"{reason}\n\n{traceback.format_exc()}")
+            if not (lost and error_file.is_file()):  # the one that was lost says why
+                write_text(error_file, f"{reason}\n\n{traceback.format_exc()}")
         if isinstance(error, ValueError | OSError | ImportError) and not run.manifest:
             raise  # bad input: nothing was trained
-        if isinstance(error, (*REPORTED, LossNotFinite, torch.OutOfMemoryError)):
+        if lost or isinstance(error, (*REPORTED, LossNotFinite, torch.OutOfMemoryError)):
             raise RunFailed(reason) from error
         raise
 
@@ -249,6 +252,11 @@ def explain(error: Exception, run: RunDir) -> str:
         return (
             f"out of memory: halve micro_batch_size={cfg.micro_batch_size}, set loss=chunked, "
             f"chunk_len={max(1, cfg.ctx_len // 4)} or ++model.net.grad_checkpoint=true"
+        )
+    if is_lost_peer(error):
+        return (
+            "another process of this run ended or cannot be reached: see what it printed; the same "
+            "command goes on from the last checkpoint"
         )
     return one_line(error)
 

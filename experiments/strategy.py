@@ -4,6 +4,7 @@ Three ways lead to several processes: Lightning starts this machine's by itself;
 start them all, on one machine or many.
 """
 
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
@@ -77,6 +78,14 @@ def make_strategy(name: str) -> str | Strategy:
             gradient_as_bucket_view=True, forward_sync_buffers=False, timeout=TIMEOUT
         )
     return Sharded() if name == "fsdp" else name
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """True if a process failed because another one did."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    gloo = isinstance(error, RuntimeError) and re.search("[Pp]eer|remote worker", str(error))
+    return isinstance(error, distributed.DistError) or bool(gloo)
 
 
 class Sharded(ModelParallelStrategy):

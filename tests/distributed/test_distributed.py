@@ -112,7 +112,8 @@ def test_a_process_that_dies_ends_the_run_and_the_next_start_goes_on(
         "killed", "model=gpt_nano", "trainer=fsdp", "checkpoint_every_min=1e-9", *SMALL
     )
     first, second = processes.train(run, 2, kill=[1, 6])
-    assert first != 0
+    assert first == 1
+    assert "another process of this run ended" in (run.path / "error.txt").read_text()
     assert second == -9
     assert not run.finished
     assert read_checkpoint(run.checkpoint("last"))["global_step"] in (5, 6)
