@@ -25,7 +25,6 @@ LAUNCH = (
     f"from experiments import cell; cell.COMMAND = {FAKE!r}; "
     "from experiments.train import main; main()"
 )
-SIX = ["model=rwkv4_pico,gpt_pico", "seed=0,1,2"]
 TWO = ["model=gpt_pico", "seed=0,1"]
 pool_train = Pool.train
 FOUR = ["model=rwkv4_pico", "seed=0,1,2,3"]
@@ -88,32 +87,33 @@ def suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Suite:
 
 
 def test_the_same_command_skips_what_is_done_and_a_longer_one_adds(suite: Suite) -> None:
-    assert suite.launch(*SIX, "jobs=3") == 0
-    assert "6 trained, 0 finished before, 0 failed" in suite.out
+    both = "model=rwkv4_pico,gpt_pico"
+    assert suite.launch(both, "seed=0,1", "jobs=3") == 0
+    assert "4 trained, 0 finished before, 0 failed" in suite.out
     assert sorted(suite.events("start")) == sorted(
-        f"{model}/seed={seed}" for model in ("rwkv4_pico", "gpt_pico") for seed in range(3)
+        f"{model}/seed={seed}" for model in ("rwkv4_pico", "gpt_pico") for seed in range(2)
     )
     assert "working on seed=0" in (suite.run("gpt_pico/seed=0").path / "log.txt").read_text()
-    assert suite.launch(*SIX) == 0
-    assert "0 trained, 6 finished before, 0 failed" in suite.out
-    assert suite.launch("model=rwkv4_pico,gpt_pico", "seed=range(4)") == 0
-    assert "2 trained, 6 finished before, 0 failed" in suite.out
-    assert len(suite.events("start")) == 8
+    assert suite.launch(both, "seed=0,1") == 0
+    assert "0 trained, 4 finished before, 0 failed" in suite.out
+    assert suite.launch(both, "seed=range(3)") == 0
+    assert "2 trained, 4 finished before, 0 failed" in suite.out
+    assert len(suite.events("start")) == 6
     assert not list(suite.runs.glob("s/.launches/*"))
 
 
 def test_failures_are_counted_kept_and_tried_again(suite: Suite) -> None:
-    deeds = {"gpt_pico/seed=0": "fail", "gpt_pico/seed=1": "kill", "gpt_pico/seed=2": "exit"}
-    assert suite.launch(*SIX, "jobs=2", deeds=deeds | {"rwkv4_pico/seed=1": "bad"}) == 4
-    assert "2 trained, 0 finished before, 4 failed" in suite.out
-    for seed, reason in enumerate(("it went wrong", "killed by signal 9", "exit code 3")):
-        run = suite.run(f"gpt_pico/seed={seed}")
-        text = (run.path / "error.txt").read_text()
+    deeds = {"seed=0": "fail", "seed=1": "kill", "seed=2": "exit", "seed=3": "bad"}
+    assert suite.launch("model=rwkv4_pico", "seed=range(5)", "jobs=2", deeds=deeds) == 4
+    assert "1 trained, 0 finished before, 4 failed" in suite.out
+    reasons = ("it went wrong", "killed by signal 9", "exit code 3", "bad input")
+    for seed, reason in enumerate(reasons):
+        text = (suite.run(f"rwkv4_pico/seed={seed}").path / "error.txt").read_text()
         assert reason in text.partition("\n")[0]
         assert reason in suite.err
-        assert seed == 0 or "working on" in text  # the end of its output
-    assert suite.launch(*SIX) == 0
-    assert "4 trained, 2 finished before, 0 failed" in suite.out
+        assert seed not in (1, 2) or "working on" in text  # the end of its output
+    assert suite.launch("model=rwkv4_pico", "seed=range(5)") == 0
+    assert "4 trained, 1 finished before, 0 failed" in suite.out
     assert not list(suite.runs.glob("*/*/*/error.txt"))
 
 
@@ -223,8 +223,8 @@ def test_damaged_entries_cost_their_own_cell_one_line(suite: Suite) -> None:
     assert suite.launch(*FOUR) == 2
     lines = [line for line in suite.err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 2
-    assert "result.json is not valid JSON: remove it" in lines[0]
-    assert "config.yaml is not readable YAML" in lines[1]
+    assert "result.json is not valid JSON: remove it" in " ".join(lines)
+    assert "config.yaml is not readable YAML" in " ".join(lines)
     assert "2 trained, 0 finished before, 2 failed" in suite.out
 
 
@@ -320,10 +320,10 @@ def test_what_failed_in_another_launch_is_reported_and_not_tried_again(
 
 
 def test_a_dry_run_trains_nothing(suite: Suite) -> None:
-    assert suite.launch(*SIX, "jobs=2", "dry_run=true") == 0
-    assert suite.out.count("would train") == 6
+    assert suite.launch(*TWO, "jobs=2", "dry_run=true") == 0
+    assert suite.out.count("would train") == 2
     assert not suite.events("start")
-    assert len(find_runs(str(suite.runs / "s" / "*" / "*"))) == 6
+    assert len(find_runs(str(suite.runs / "s" / "*" / "*"))) == 2
 
 
 def test_each_job_gets_its_own_devices(monkeypatch: pytest.MonkeyPatch) -> None:
