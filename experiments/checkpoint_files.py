@@ -9,12 +9,15 @@ import hashlib
 import os
 import shutil
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from experiments.checksums import CHECKSUMS, digest, is_whole, known_digests
 from experiments.run_dir import read_checkpoint, write_json
@@ -77,6 +80,40 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         return read_checkpoint(Path(path))  # on any device, without its code, whatever is asked
+
+
+class BackgroundCheckpointIO(AtomicCheckpointIO):
+    """Writes in a thread, one file at a time, what was copied to main memory before.
+
+    Lightning's AsyncCheckpointIO copies within the device's memory, and lets copies pile up if
+    saves come faster than they are written.
+    """
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[None] | None = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None
+    ) -> None:
+        """Copy a checkpoint and have it written, once the one before is.
+
+        Raises:
+            OSError: if the one before could not be written.
+        """
+        self.teardown()
+        copy = apply_to_collection(checkpoint, Tensor, lambda x: x.detach().to("cpu", copy=True))
+        self.writing = self.thread.submit(super().save_checkpoint, copy, path)
+
+    def has_failed(self) -> bool:
+        """Whether the last file could not be written; `teardown` raises why."""
+        return self.writing is not None and self.writing.done() and bool(self.writing.exception())
+
+    def teardown(self) -> None:
+        """Wait until all is written; raise what went wrong, once."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
 
 
 def put(new: Path, target: Path, sha256: str) -> None:

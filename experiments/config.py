@@ -36,6 +36,19 @@ NAMED_BY_PATH = ("suite", "model", "experiment", "seed")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 LOSSES = ("full", "chunked")
 BACKPROPS = ("full", "truncated")
+# What conf/trainer may hand to Lightning's Trainer; the rest is the suite's own.
+TRAINER_KEYS = (
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "detect_anomaly",
+    "profiler",
+    "deterministic",
+    "benchmark",
+    "limit_train_batches",
+    "limit_val_batches",
+)
 # key: (type, least value, whether the least itself is allowed)
 NUMBERS: dict[str, tuple[type, float, bool]] = {
     "seed": (int, 0, True),
@@ -85,6 +98,9 @@ def check_config(cfg: DictConfig) -> None:
         value = cfg.get(key, "full")  # runs of earlier versions have no backprop
         if value not in allowed:
             raise ValueError(f"{key} is {value!r}: choose {', '.join(allowed)}")
+    unknown = [str(key) for key in cfg.trainer if key not in TRAINER_KEYS]
+    if unknown:
+        raise ValueError(f"trainer.{unknown[0]} is no key: choose {', '.join(TRAINER_KEYS)}")
     if cfg.get("backprop") == "truncated" and cfg.get("chunk_len") is None:
         raise ValueError("backprop=truncated cuts gradients between chunks: set chunk_len")
     if step_count(cfg) == cfg.budget_tokens // (cfg.batch_size * cfg.ctx_len) and continues(cfg):

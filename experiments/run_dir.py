@@ -25,7 +25,7 @@ from experiments.config import (
     plain,
     run_tag,
 )
-from experiments.targets import check_targets, make, read_config
+from experiments.targets import check_links, check_targets, make, read_config
 
 if TYPE_CHECKING:
     from experiments.data.tokenizer import Tokenizer
@@ -225,7 +225,9 @@ class RunDir:
 
         Raises:
             RunLocked: if another process holds the run.
+            ValueError: if a link leads out of the directory.
         """
+        check_links(self.path)
         return Claim.inherited(self.path) or Claim.take(self.path, wait)
 
     def summary(self) -> str:
@@ -321,10 +323,10 @@ def load_model(
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    path = run.checkpoint(checkpoint)
+    config, path = run.config, run.checkpoint(checkpoint)
     weights = model_weights(read_checkpoint(path), path)
     with torch.device("meta"):  # no time spent on an initialisation that is overwritten
-        model = make(run.config.model.net, LanguageModel)
+        model = make(config.model.net, LanguageModel)
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:

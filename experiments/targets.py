@@ -116,12 +116,12 @@ def make(node: Any, *kinds: type | UnionType, partial: bool = False) -> Any:
     """
     settings = plain(node) if isinstance(node, DictConfig) else dict(node)
     check_targets(settings)
-    target, later = settings.pop("_target_", None), settings.pop("_partial_", False)
+    target, later = settings.pop("_target_", None), settings.pop("_partial_", False) and partial
     build = resolve(target, *kinds)
     try:
         signature = inspect.signature(build)
         (signature.bind_partial if later else signature.bind)(**settings)
-        if later and partial:
+        if later:
             return functools.partial(build, **settings)
         return build(**settings)
     except (ValueError, OSError):

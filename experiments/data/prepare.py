@@ -190,7 +190,10 @@ def _work_folder(final: Path) -> Iterator[Path]:
 def _sweep(root: Path) -> None:
     """Removes what killed processes left: work folders whose lock nobody holds."""
     for work in root.glob(f"{WORK}*"):
-        with _lock_file(root, work.name.removeprefix(WORK)) as lock:
+        name = work.name.removeprefix(WORK)
+        if not (root / f".lock-{name}").is_file():
+            continue  # somebody else's folder
+        with _lock_file(root, name) as lock:
             if _acquire(lock):
                 shutil.rmtree(work, ignore_errors=True)
 
