@@ -1,6 +1,7 @@
 """Runs on several gloo processes of this machine."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 
 from experiments.entry import CONF_DIR
@@ -69,16 +69,21 @@ class Processes:
         shutil.copytree(run.path, self.folder / runs / Path(*run.path.parts[-3:]))
 
 
-def last_weights(run: RunDir) -> dict[str, torch.Tensor]:
-    return read_checkpoint(run.checkpoint("last"))["state_dict"]
+def apart(a: RunDir, b: RunDir, key_biases: bool = True) -> float:
+    """Relative RMS difference of all weights of two runs, with or without a GPT's key biases.
 
-
-def apart(a: RunDir, b: RunDir) -> float:
-    """Relative RMS difference of all weights of two runs."""
-    x, y = last_weights(a), last_weights(b)
+    Softmax does not see those, so their gradient is rounding alone, of which Adam makes full steps.
+    """
+    x, y = (read_checkpoint(run.checkpoint("last"))["state_dict"] for run in (a, b))
     assert x.keys() == y.keys()
-    squares = sum((x[k].double() - y[k].double()).square().sum() for k in x)
-    return float((squares / sum(x[k].double().square().sum() for k in x)).sqrt())
+    squares = total = 0.0
+    for name, weight in x.items():
+        difference = (weight.double() - y[name].double()).square()
+        if name.endswith("qkv.bias") and not key_biases:
+            difference.view(a.config.model.net.n_head, 3, -1)[:, 1] = 0
+        squares += float(difference.sum())
+        total += float(weight.double().square().sum())
+    return math.sqrt(squares / total)
 
 
 def rows(run: RunDir) -> list[dict[str, str]]:

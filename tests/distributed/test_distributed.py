@@ -80,8 +80,6 @@ def test_a_stopped_sharded_run_goes_on_to_the_same_end(
     assert rows(whole) == rows(same)
 
 
-# the sums are in another order: Adam gives what is nothing but rounding, as the gradient of the
-# keys' biases, steps of full size
 @pytest.mark.parametrize(("trainer", "n_ranks"), [("cpu", 1), ("ddp", 2)])
 def test_a_stopped_sharded_run_goes_on_by_any_other_strategy(
     processes: Processes, whole: RunDir, stopped: RunDir, trainer: str, n_ranks: int
@@ -89,7 +87,7 @@ def test_a_stopped_sharded_run_goes_on_by_any_other_strategy(
     processes.copy(stopped, trainer)
     other = processes.freeze(trainer, "model=gpt_nano", f"trainer={trainer}", *SMALL)
     assert processes.train(other, n_ranks) == [0] * n_ranks
-    assert apart(whole, other) < 1e-3
+    assert apart(whole, other, key_biases=False) < 1e-6
     for a, b in zip(rows(whole), rows(other), strict=True):
         assert a.keys() == b.keys()
         assert [float(x or 0) for x in a.values()] == pytest.approx(
