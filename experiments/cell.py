@@ -12,6 +12,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from experiments.claim import Claim, RunLocked
+from experiments.entry import one_line
 from experiments.run_dir import RunDir, write_text
 
 REQUEUE = 75  # exit code of a run that saved and wants to be started again
@@ -90,28 +91,42 @@ class Child:
         if code < 0:  # its own processes, data loaders and ranks, must not outlive it
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-        self.claim.release()
-        path = str(self.run.path)
-        if code == 0 and self.run.finished:
-            return Outcome(path, "done", self.run.summary())
-        if code in (REQUEUE, *(-number for number in ASK_REQUEUE)):
-            return Outcome(path, "requeue", "stopped; the same command goes on", REQUEUE)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if code in (128 + number, -number):
-                reason = f"stopped by {number.name}; the same command goes on"
-                return Outcome(path, "interrupted", reason, 128 + number)
-        error_file = self.run.path / "error.txt"
-        if code < 0:
-            reason = f"training was killed by signal {-code}"
-            reason += " (the system was out of memory?)" if code == -signal.SIGKILL else ""
-            reason += "; the same command goes on"
-        elif error_file.is_file():  # the process has written and printed it
-            reason = error_file.read_text(encoding="utf-8").partition("\n")[0]
-            return Outcome(path, "failed", reason, code)
-        else:
-            reason = f"training ended with exit code {code}"
-        write_text(error_file, f"{reason}\n\n{tail(self.run.path / 'log.txt')}")
-        return Outcome(path, "failed", reason, 1 if code < 0 else code)
+        try:  # before it is released: who claims it next must see the error
+            return judge(self.run, code)
+        except (OSError, ValueError, KeyError) as error:  # somebody removed or damaged its files
+            return Outcome(str(self.run.path), "failed", one_line(error), 1)
+        finally:
+            self.claim.release()
+
+
+def judge(run: RunDir, code: int) -> Outcome:
+    """What a process with this exit code has made of a run; a reason it left none for is written.
+
+    Raises:
+        ValueError, OSError: if files of the run are damaged or gone.
+    """
+    path, error_file = str(run.path), run.path / "error.txt"
+    if code == 0 and run.finished:
+        return Outcome(path, "done", run.summary())
+    if code in (REQUEUE, *(-number for number in ASK_REQUEUE)):
+        return Outcome(path, "requeue", "stopped; the same command goes on", REQUEUE)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if code in (128 + number, -number):
+            reason = f"stopped by {number.name}; the same command goes on"
+            return Outcome(path, "interrupted", reason, 128 + number)
+    if code > 0 and error_file.is_file():  # the process has written and printed it
+        reason = error_file.read_text(encoding="utf-8").partition("\n")[0]
+        return Outcome(path, "failed", reason, code)
+    reason = f"training ended with exit code {code}"
+    if code < 0:
+        reason = f"training was killed by signal {-code}"
+        reason += " (the system was out of memory?)" if code == -signal.SIGKILL else ""
+        reason += "; the same command goes on"
+    if not run.path.is_dir():
+        reason = f"{run.path} was removed while it was in training"
+    else:
+        write_text(error_file, f"{reason}\n\n{tail(run.path / 'log.txt')}")
+    return Outcome(path, "failed", reason, max(code, 1))
 
 
 COMMAND = [sys.executable, "-m", "experiments.fit"]

@@ -1,12 +1,13 @@
 """A stand-in for ``experiments.fit`` that trains nothing: it takes over the claim, counts, ends.
 
 ``FAKE_LOG`` is a file that gets a line at each start and end; ``FAKE_DEEDS`` is JSON that tells by
-run name what happens: a number is seconds of work, else fail, bad, kill, exit, or deaf
-(works for a minute and heeds no signal).
+run name what happens: a number is seconds of work, else fail, bad, kill, exit, remove
+(its own folder), or deaf (works for a minute and heeds no signal).
 """
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -41,6 +42,9 @@ def main() -> int:
         if deed == "bad":
             (folder / "error.txt").write_text("bad input\n\nTraceback ...\n")
             return 2
+        if deed == "remove":
+            shutil.rmtree(folder)
+            return 1
         if deed == "exit":
             return 3
         if deed == "kill":

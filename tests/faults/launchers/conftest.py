@@ -36,7 +36,7 @@ class Storm:
 
     def start(self, *overrides: str) -> subprocess.Popen[bytes]:
         """Launch the sweep."""
-        environment = {"FAKE_LOG": str(self.log), "FAKE_DEEDS": '{"": 0.3}', "OMP_NUM_THREADS": "1"}
+        environment = {"FAKE_LOG": str(self.log), "FAKE_DEEDS": '{"": 0.6}', "OMP_NUM_THREADS": "1"}
         with open(self.log.with_name("output"), "ab") as output:
             return subprocess.Popen(
                 [sys.executable, "-c", self.code, "-m", *self.given, *overrides],
@@ -51,6 +51,15 @@ class Storm:
         lines = [line.split() for line in self.log.read_text().splitlines()]
         return [(run, int(pid)) for event, run, pid in lines if event == kind]
 
+    def cells(self, within_s: float) -> list[int]:
+        """Process ids of the cells in training, as soon as there are any."""
+        end = time.monotonic() + within_s
+        while time.monotonic() < end:
+            if cells := [pid for _, pid in self.events("start") if alive(pid)]:
+                return cells
+            time.sleep(0.02)
+        return []
+
     def blow(self, n_kills: int, pause_s: float) -> Counter[str]:
         """Keep two launches running and kill a launcher or a cell now and then, until that was
         done `n_kills` times; then let one launch end. Returns what was killed how often."""
@@ -62,11 +71,11 @@ class Storm:
                 for i, launcher in enumerate(launchers):
                     if launcher.poll() is not None and counts.total() < n_kills:
                         launchers[i] = self.start("jobs=2") if i else self.start()
-                cells = [pid for _, pid in self.events("start") if alive(pid)]
                 number = draw.choice(SIGNALS)
-                if cells and draw.random() < 0.6:
-                    with suppress(ProcessLookupError):
-                        os.kill(draw.choice(cells), number)
+                if draw.random() < 0.6:
+                    if cells := self.cells(within_s=20 * pause_s):
+                        with suppress(ProcessLookupError):
+                            os.kill(draw.choice(cells), number)
                         counts[f"cell {number.name}"] += 1
                 elif (one := draw.choice(launchers)).poll() is None:
                     one.send_signal(number)
@@ -74,9 +83,9 @@ class Storm:
                 if len(list(self.suite.glob("*/*/result.json"))) == 12:
                     break
             for launcher in launchers:
-                launcher.wait(timeout=300)
+                launcher.wait(timeout=1800)
             last = self.start("jobs=2")
-            assert last.wait(timeout=600) == 0, self.log.with_name("output").read_text()[-3000:]
+            assert last.wait(timeout=1800) == 0, self.log.with_name("output").read_text()[-3000:]
         finally:
             for launcher in launchers:
                 launcher.kill()
