@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: setup demo test check slurm ray faults
+.PHONY: setup demo test check slurm ray faults distributed
 
 setup: .venv/installed
 
@@ -42,3 +42,7 @@ ray: setup
 # Trainings killed fifty times for each family, in every part of their work: minutes.
 faults: setup
 	$(BIN)/python -m pytest -s tests/faults/*_proof.py tests/faults/*/*_proof.py
+
+# Several gloo processes of this machine against one, over 50 steps; every way to start them.
+distributed: setup
+	$(BIN)/python -m pytest -s tests/distributed/ranks_proof.py
