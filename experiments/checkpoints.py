@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import distributed
 
 from experiments.callbacks import RunLog
-from experiments.checkpoint_files import BEST, LAST, duplicate
+from experiments.checkpoint_files import BEST, LAST, BackgroundCheckpointIO, duplicate
 from experiments.lit_lm import LitLM
 from experiments.metrics import format_cell
 from experiments.signals import StopRequest
@@ -29,7 +29,7 @@ class Checkpoints(Callback):
 
     Args:
         folder: of the checkpoints.
-        run_log: its clock stands while files are written, and its rows are safe before them.
+        run_log: its clock stands while a state is copied, and its rows are safe before it is.
         val_every: steps between validations.
         every_min: minutes between saves of last.ckpt.
         stop: what signals ask for.
@@ -120,12 +120,17 @@ class Checkpoints(Callback):
 
     def save_if_due(self, trainer: L.Trainer) -> None:
         """Save if it is time, and not just before a validation; save and leave if asked to."""
+        if self.io(trainer).has_failed():
+            self.io(trainer).teardown()
         waited = time.monotonic() - self.saved_at
         due = not 0 <= waited <= self.every_s  # less than nothing: somebody set the clock back
         code, due = self.agreed(trainer, self.stop.code, due and not self.unvalidated)
+        if self.io(trainer).has_failed():  # known to the rank that writes alone: it ends, so do all
+            self.io(trainer).teardown()
         if code or due:
             self.save(trainer)
         if code:
+            self.io(trainer).teardown()
             if trainer.is_global_zero:
                 print(
                     f"stopped at step {trainer.global_step} and saved; the same command goes on",
@@ -148,8 +153,14 @@ class Checkpoints(Callback):
             trainer.save_checkpoint(self.folder / LAST)
         self.saved_at = time.monotonic()
 
+    def io(self, trainer: L.Trainer) -> BackgroundCheckpointIO:
+        io = trainer.strategy.checkpoint_io
+        assert isinstance(io, BackgroundCheckpointIO)
+        return io
+
     def copy_best(self, trainer: L.Trainer, checkpoint: Path) -> None:
         with self.run_log.paused():
+            self.io(trainer).teardown()
             if trainer.is_global_zero:
                 duplicate(checkpoint, self.folder / BEST)
             trainer.strategy.barrier()

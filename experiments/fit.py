@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from experiments.callbacks import LossNotFinite, RunLog, TokenBar
-from experiments.checkpoint_files import BEST, LAST, AtomicCheckpointIO, remove
+from experiments.checkpoint_files import BEST, LAST, BackgroundCheckpointIO, remove
 from experiments.checkpoints import Checkpoints
 from experiments.claim import RunLocked
 from experiments.config import check_config, step_count
@@ -78,6 +78,7 @@ def train(run: RunDir, stop: StopRequest) -> None:
     L.seed_everything(cfg.seed + trainer.global_rank, verbose=False)
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     trainer.save_checkpoint(run.path / "checkpoints" / LAST)
+    trainer.strategy.checkpoint_io.teardown()  # waits until it is written
     if trainer.is_global_zero:
         for name in (BEST, LAST):
             make_whole(run.path / "checkpoints" / name)
@@ -118,7 +119,7 @@ def build(
     run_log = RunLog(MetricsFile(run.path / "metrics.csv"), tokens_per_step, flops, cfg.log_every)
     places = trainer_options(cfg)
     trainer = L.Trainer(
-        **places | {"plugins": [*places["plugins"], AtomicCheckpointIO()]},
+        **places | {"plugins": [*places["plugins"], BackgroundCheckpointIO()]},
         precision=cfg.precision,
         max_steps=n_steps,
         max_epochs=-1,

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from types import FrameType
 from typing import Any
@@ -38,6 +39,7 @@ def aim(functions: list[str], line: int, number: int) -> None:
             name += f" {frame.f_locals['path'].name}"
         return at_line if name in functions else None
 
+    threading.settrace(at_call)  # checkpoints are written in one
     sys.settrace(at_call)
 
 
