@@ -20,10 +20,10 @@ demo: setup
 	$(BIN)/python -m experiments.benchmark bench=generate suite=demo n_threads=1
 	$(BIN)/python -m analysis.report suite=demo
 
-# The quick tests first, then the slow ones (those that start processes).
+# The quick tests first, then the slow ones (those that start processes); two files at a time, a thread each.
 test: setup
-	$(BIN)/python -m pytest -m 'not slow'
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 check: setup
 	$(BIN)/ruff check .
