@@ -64,7 +64,7 @@ def state(run: RunDir) -> State:
         speeds = [float(row["perf/tokens_per_s"]) for row in rows if row["perf/tokens_per_s"]]
         found.tokens_per_s = speeds[-1] if speeds else None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return State(name, model, "damaged", detail=one_line(error))
+        return State(name, model, "damaged", detail=one_line(error).replace(f"{run.path}/", ""))
     found.state, found.detail = unfinished(run)
     return found
 
