@@ -1,0 +1,118 @@
+"""bench=checkpoint: what saves cost of training time, and how long a run takes to find its place.
+
+A save copies weights and optimizer state while training stands; a thread then serialises, hashes
+and writes the copy, waits for the disk, and renames the file.
+"""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from hydra import compose
+from omegaconf import DictConfig
+
+from experiments.bench_measure import Report, Row, bar, check_counts, interleaved
+from experiments.checkpoint_files import (
+    BEST,
+    LAST,
+    AtomicCheckpointIO,
+    BackgroundCheckpointIO,
+    check,
+    duplicate,
+)
+from experiments.data.data_module import TokenDataModule
+from experiments.data.prepare import prepare
+from experiments.data.token_data import TokenData
+from experiments.optim import make_optimizer
+from experiments.targets import make
+from models.language_model import LanguageModel
+
+FAR = 10**9  # steps
+
+
+def checkpoint(models: list[str], folder: str, repeats: int) -> Report:
+    """Seconds of a save's parts, of its copy as the best, of the check before a resume, of a seek.
+
+    Args:
+        models: each the overrides of conf/train.yaml that make one, with spaces between.
+        folder: on the disk that is to be measured; nothing is left in it.
+    """
+    check_counts(repeats=repeats)
+    Path(folder).mkdir(exist_ok=True)
+    rows, shares = [], []
+    for overrides in models:
+        cfg = compose("train", overrides=[*overrides.split(), "trainer=cpu"])
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            rows.append({"model": cfg.model.name} | saving(cfg, Path(scratch), repeats))
+        cost_s = rows[-1]["stands_s"] + rows[-1]["write_cpu_s"]
+        shares.append(cost_s / (60 * cfg.checkpoint_every_min))
+        rows[-1]["share"] = shares[-1]
+    seek_s = statistics.median(interleaved({"seek": lambda: seek(cfg)}, repeats)["seek"])
+    wanted = [
+        bar("largest share of training time that saves cost", max(shares), 0.03, at_most=True),
+        bar(f"seconds to the batch of step {FAR:,}", seek_s, 0.01, at_most=True),
+    ]
+    title = f"A save of weights and AdamW's state, float32, every {cfg.checkpoint_every_min} min"
+    note = (
+        f"Medians of {repeats}. Training stands for stands_s; write_s pass in a thread, of which "
+        "write_cpu_s on a core. share: as if training had wanted that core. A new best validation "
+        "loss waits for write_s and copy_s. A resume takes check_s before it loads."
+    )
+    return Report({title: rows, "Against what is wanted": wanted}, [note])
+
+
+def saving(cfg: DictConfig, folder: Path, repeats: int) -> Row:
+    """Bytes of a model's checkpoint, and seconds of what is done with it."""
+    content, target, io = trained(cfg), folder / LAST, BackgroundCheckpointIO()
+    cpu_s = []
+
+    def stand() -> float:
+        start = time.perf_counter()
+        io.save_checkpoint(content, target)
+        seconds = time.perf_counter() - start
+        io.teardown()
+        return seconds
+
+    def write() -> None:
+        start = time.process_time()
+        AtomicCheckpointIO().save_checkpoint(content, target)
+        cpu_s.append(time.process_time() - start)
+
+    stand()
+    seconds = interleaved(
+        {
+            "stands_s": stand,
+            "write_s": write,
+            "copy_s": lambda: duplicate(target, folder / BEST),
+            "check_s": lambda: check(target),
+        },
+        repeats,
+    )
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    medians["write_cpu_s"] = statistics.median(cpu_s)
+    return {"file_bytes": target.stat().st_size} | medians
+
+
+def trained(cfg: DictConfig) -> dict[str, Any]:
+    """A checkpoint's large parts, after a step with gradients of zero."""
+    model = make(cfg.model.net, LanguageModel)
+    keys = ("peak_lr", "betas", "eps", "weight_decay", "lr_scale")
+    optimizer = make_optimizer(model, **{key: cfg.optim[key] for key in keys})
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}
+
+
+def seek(cfg: DictConfig) -> float:
+    """Seconds from a data module that knows its step to that step's first micro-batch."""
+    data = TokenData.open(prepare(cfg.data))
+    module = TokenDataModule(data, cfg.ctx_len, cfg.batch_size, cfg.micro_batch_size, cfg.data.seed)
+    module.trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=FAR)  # type: ignore[assignment]
+    start = time.perf_counter()
+    next(iter(module.train_dataloader()))
+    return time.perf_counter() - start
