@@ -100,9 +100,9 @@ def assert_same(runs: list[RunDir], undisturbed: list[RunDir]) -> None:
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+def sweep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """The sweep, trained once without any cluster or disturbance as the suite ``quiet``."""
-    made = Sweep(tmp_path_factory.mktemp("sweep"), n_tokens=1_000_000)
+    made = Sweep(tmp_path_factory.mktemp("sweep"), request.module.N_TOKENS)
     start = time.monotonic()
     assert made.run("quiet", "jobs=2") == 0, made.printed("quiet")
     print(f"\nundisturbed, two at once on this machine: {time.monotonic() - start:.0f} s")

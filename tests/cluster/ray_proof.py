@@ -6,6 +6,8 @@ import psutil
 
 from .conftest import Sweep, assert_same, wait_for
 
+N_TOKENS = 200_000
+
 
 def test_a_worker_that_dies_costs_nothing(sweep: Sweep) -> None:
     start = time.monotonic()
