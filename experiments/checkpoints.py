@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import distributed
 
+from experiments import ranks
 from experiments.callbacks import RunLog
 from experiments.checkpoint_files import BEST, LAST, BackgroundCheckpointIO, duplicate
 from experiments.lit_lm import LitLM
@@ -131,13 +132,16 @@ class Checkpoints(Callback):
             self.save(trainer)
         if code:
             self.io(trainer).teardown()
+            trainer.strategy.barrier()  # only one of them writes
             if trainer.is_global_zero:
                 print(
                     f"stopped at step {trainer.global_step} and saved; the same command goes on",
                     file=sys.stderr,
                     flush=True,
                 )
-            raise SystemExit(code)
+            # Lightning kills the first process it started others from when one leaves with an error
+            counts = trainer.is_global_zero or ranks.started()
+            raise SystemExit(code if counts else 0)
 
     def agreed(self, trainer: L.Trainer, code: int, due: bool) -> tuple[int, bool]:
         """The same on every rank: any rank's signal or clock counts for all."""
