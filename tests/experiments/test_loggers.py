@@ -17,8 +17,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 
 from experiments import loggers
+from experiments.entry import RunFailed
 from experiments.loggers import Loggers, make_loggers
 from experiments.metrics import MetricsFile
+from experiments.relog import relog
 from experiments.run_dir import RunDir, write_json
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -59,8 +61,8 @@ def train(made: Loggers, metrics: MetricsFile, first: int, last: int) -> None:
 
 
 def wanted(metrics: MetricsFile) -> Series:
-    names = ("tokens", "lr", "train/loss", "val/loss", "val/bpb")
-    return {name: sorted(set(metrics.column(name))) for name in names}
+    names = ("lr", "train/loss", "val/loss", "val/bpb")  # each once a step
+    return {name: metrics.column(name) for name in names}
 
 
 def of_tensorboard(run: RunDir) -> tuple[str, Series]:
@@ -70,7 +72,7 @@ def of_tensorboard(run: RunDir) -> tuple[str, Series]:
     events.Reload()
     keys = [key for key in events.Tags()["scalars"] if key != "hp_metric"]
     series = {key: [(e.step, e.value) for e in events.Scalars(key)] for key in keys}
-    return str(run.path / "tensorboard"), {key: sorted(set(s)) for key, s in series.items()}
+    return str(run.path / "tensorboard"), series
 
 
 def wandb_records(path: Path) -> list[Any]:
@@ -121,8 +123,8 @@ def of_mlflow(run: RunDir) -> tuple[str, Series]:
     (found,) = client.search_runs([experiment.experiment_id])
     assert found.data.params["optim.betas"] == "[0.9, 0.95]"
     history = {key: client.get_metric_history(found.info.run_id, key) for key in found.data.metrics}
-    series = {key: [(m.step, m.value) for m in points] for key, points in history.items()}
-    return found.info.run_id, {key: sorted(points) for key, points in series.items()}
+    series = {key: sorted((m.step, m.value) for m in points) for key, points in history.items()}
+    return found.info.run_id, series
 
 
 class StandIn:
@@ -370,3 +372,88 @@ def test_a_package_that_is_missing_is_named_before_training(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[wandb\]'"):
         start(run, "wandb")
+
+
+def test_a_run_that_is_stopped_and_goes_on_is_logged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: type[StandIn]
+) -> None:
+    """Through the trainer: stopped by a signal at step 8 and killed at step 13 of 20."""
+    from hydra import compose, initialize_config_dir
+
+    from experiments.entry import CONF_DIR
+    from experiments.fit import fit
+
+    (tmp_path / "a.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(900)))
+    given = ["data=text", "debug=smoke", "trainer=cpu", "model=rwkv4_pico", "logger=tensorboard"]
+    given += [f"data.source.paths={tmp_path / 'a.txt'}", "data.val_tokens=300", "suite=s"]
+    given += [f"paths.{name}={tmp_path / name}" for name in ("runs", "data")]
+    given += ["checkpoint_every_min=0.0001", "+logger.mlflow.experiment_name=s"]
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        run = RunDir.freeze(compose("train", overrides=given), [])
+    append = MetricsFile.append
+
+    def disturbed(self: MetricsFile, row: dict[str, Any]) -> None:
+        append(self, row)
+        if row["step"] == 8 and not self.path.with_name("once").exists():
+            self.path.with_name("once").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        if row["step"] == 13 and not self.path.with_name("twice").exists():
+            self.path.with_name("twice").touch()
+            raise MemoryError  # nothing is saved any more
+
+    monkeypatch.setattr(MetricsFile, "append", disturbed)
+    with pytest.raises(SystemExit) as stopped:
+        fit(run)
+    assert stopped.value.code == 143
+    assert [one.info.status for one in stand_in.runs.values()] == ["KILLED"]
+    with pytest.raises(MemoryError):
+        fit(run)
+    fit(run)
+    expected = wanted(MetricsFile(run.path / "metrics.csv"))
+    assert [step for step, _ in expected["train/loss"]] == list(range(1, 21))
+    for read in (of_tensorboard, of_mlflow_of_a_run):
+        series = read(run)[1]
+        assert {k: v for k, v in series.items() if k in expected} == approx(expected)
+
+
+def of_mlflow_of_a_run(run: RunDir) -> tuple[str, Series]:
+    (one,) = StandIn.runs.values()
+    assert one.info.status == "FINISHED"
+    return one.info.run_id, {
+        key: [(metric.step, metric.value) for metric in points]
+        for key, points in one.data.history.items()
+    }
+
+
+def test_loggers_are_filled_after_training(
+    run: RunDir, capsys: pytest.CaptureFixture[str], stand_in: type[StandIn]
+) -> None:
+    metrics = MetricsFile(run.path / "metrics.csv")
+    metrics.rewind(0)
+    for step in (10, 20):
+        metrics.append({"step": step, "tokens": 64 * step, "time_s": 1.0, "train/loss": 1 / step})
+    cfg = OmegaConf.create(
+        {"run": str(run.path), "suite": None, "logger": {"mlflow": {"experiment_name": "${suite}"}}}
+    )
+    for _ in range(2):
+        relog(cfg)
+        assert of_mlflow_of_a_run(run)[1]["train/loss"] == [(10, 0.1), (20, 0.05)]
+    assert capsys.readouterr().out.count("logged") == 2
+    assert list(stand_in.experiments) == ["s"]
+    with pytest.raises(ValueError, match="say where to log"):
+        relog(OmegaConf.create({"run": str(run.path), "suite": None, "logger": {}}))
+
+
+def test_a_logger_that_cannot_be_filled_is_a_failure(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Down(loggers.TensorBoard):
+        def open(self) -> None:
+            raise ConnectionError("no network")
+
+    monkeypatch.setitem(loggers.SERVICES, "tensorboard", Down)
+    MetricsFile(run.path / "metrics.csv").rewind(0)
+    settings = {"run": str(run.path), "suite": None, "logger": {"tensorboard": {}}}
+    with pytest.raises(RunFailed, match="not logged"):
+        relog(OmegaConf.create(settings))
+    assert "no network" in capsys.readouterr().err

@@ -5,6 +5,7 @@ and the canary, a file that any success would make or change, must stay as it is
 """
 
 import copy
+import functools
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from experiments.checksums import CHECKSUMS, digest
 from experiments.config import plain
@@ -36,7 +37,12 @@ Entry = Callable[[Path], None]
 
 def frozen(runs: Path, data: Path, text: Path) -> RunDir:
     given = ["data=text", "debug=smoke", "trainer=cpu", "model=rwkv4_pico", "suite=s"]
-    given += [f"data.source.paths={text}", "data.val_tokens=20000", "budget_tokens=512"]
+    given += [
+        f"data.source.paths={text}",
+        "data.val_tokens=20000",
+        "budget_tokens=512",
+        "n_threads=1",
+    ]
     given += [f"paths.runs={runs}", f"paths.data={data}", "data.source.val_fraction=0.25"]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return RunDir.freeze(compose("train", overrides=given), [])
@@ -67,11 +73,16 @@ def train(path: Path) -> None:
     attempt(RunDir(path))
 
 
+@functools.cache
+def composed(root: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose(root, overrides=list(overrides))
+
+
 def evaluate(path: Path) -> None:
     from experiments.evaluate import evaluate
 
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("evaluate", overrides=["tasks.limit=2", "n_threads=1"])
+    cfg = composed("evaluate", "tasks.limit=2", "n_threads=1")
     cfg.run = str(path)
     evaluate(cfg)
 
@@ -79,25 +90,21 @@ def evaluate(path: Path) -> None:
 def generate(path: Path) -> None:
     from experiments.generate import generate
 
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = plain(compose("generate", overrides=["max_tokens=2", "n_threads=1"]))
+    cfg = plain(composed("generate", "max_tokens=2", "n_threads=1"))
     generate(cfg | {"run": str(path), "prompt": ["a"]})
 
 
 def benchmark(path: Path) -> None:
     from experiments.benchmark import run
 
-    overrides = ["bench=generate", "max_tokens=16", "repeats=1", "n_threads=1"]
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = plain(compose("benchmark", overrides=overrides))
-    run(cfg | {"run": str(path)})
+    overrides = ("bench=generate", "max_tokens=16", "repeats=1", "n_threads=1")
+    run(plain(composed("benchmark", *overrides)) | {"run": str(path)})
 
 
 def convert(path: Path) -> None:
     from experiments.convert import convert
 
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("convert", overrides=["source=x", "target=y", "check=false"])
+    cfg = composed("convert", "source=x", "target=y", "check=false")
     convert(plain(cfg) | {"source": str(path), "target": str(path.parent / "out.pth")})
 
 
@@ -191,6 +198,11 @@ BUILDERS = {
     "the same as a source": "train evaluate show_batch",
     "the same as a tokenizer": "train evaluate show_batch",
 }
+# enough for the entries that read a config as training does
+FEW = (
+    "os.system", "module through ours", "function of ours that writes", "private",
+    "target in an argument", "environment", "suite", "yaml apply", "escaped interpolation",
+)  # fmt: skip
 TEXTS: dict[str, Callable[[str], str]] = {
     "yaml apply": lambda t: t + "x: !!python/object/apply:os.system ['touch canary']\n",
     "yaml new": lambda t: t + "x: !!python/object/new:os.system ['touch canary']\n",
@@ -229,7 +241,7 @@ def refused(entry: Entry, path: Path, capsys: pytest.CaptureFixture[str], attack
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", [train, evaluate, generate, convert, show_batch])
 def test_the_honest_run_is_taken(run: Path, entry: Entry) -> None:
     entry(run)
 
@@ -243,11 +255,14 @@ def test_configs_that_reach_for_more_are_refused(
     text = file.read_text()
     config = plain(OmegaConf.create(text))
     for attack, change in CONFIGS.items():
-        if entry.__name__ not in BUILDERS.get(attack, entry.__name__):
+        tried = entry in (train, show_batch) or attack in (*FEW, *BUILDERS)
+        if not tried or entry.__name__ not in BUILDERS.get(attack, entry.__name__):
             continue
         file.write_text(yaml.safe_dump(change(copy.deepcopy(config))))
         refused(entry, run, capsys, attack)
     for attack, rewrite in TEXTS.items():
+        if entry not in (train, show_batch) and attack not in FEW:
+            continue
         file.write_text(rewrite(text))
         refused(entry, run, capsys, attack)
 
