@@ -281,9 +281,9 @@ def describe(path: Path, new: bool = False, released: bool = False) -> None:
     file = os.open(path, flags, 0o666)
     try:
         os.write(file, json.dumps(content).encode())
-    except OSError:
+    except OSError as error:
         if new:
             path.unlink()
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(file)
