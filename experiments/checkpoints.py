@@ -121,8 +121,6 @@ class Checkpoints(Callback):
 
     def save_if_due(self, trainer: L.Trainer) -> None:
         """Save if it is time, and not just before a validation; save and leave if asked to."""
-        if self.io(trainer).has_failed():
-            self.io(trainer).teardown()
         waited = time.monotonic() - self.saved_at
         due = not 0 <= waited <= self.every_s  # less than nothing: somebody set the clock back
         code, due = self.agreed(trainer, self.stop.code, due and not self.unvalidated)

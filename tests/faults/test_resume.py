@@ -257,3 +257,23 @@ def test_a_damaged_checkpoint_and_metrics_file_cost_no_more_than_some_steps(
     assert "warning: " in capsys.readouterr().err
     (run.path / "checkpoints" / "damaged.ckpt").unlink()
     same_end(undisturbed("rwkv4_pico")[0], run)
+
+
+def test_a_checkpoint_of_an_earlier_version(
+    freeze: Freeze, undisturbed: Undisturbed, same_end: SameEnd, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It has neither a list of SHA-256s beside it, nor rows and random numbers in it."""
+    run = freeze(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "copy_best", stop_at_second(Checkpoints.copy_best))
+        with pytest.raises(Killed):
+            fit(run)
+    last = run.checkpoint("last")
+    checkpoint = read_checkpoint(last)
+    del checkpoint["callbacks"]["Checkpoints"], checkpoint["callbacks"]["RunLog"]["metrics"]
+    for path in last.parent.iterdir():
+        path.unlink()
+    torch.save(checkpoint, last)
+    fit(RunDir(run.path))
+    same_end(undisturbed("rwkv4_pico")[0], run)
