@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_dir
 
 from experiments.callbacks import RunLog
 from experiments.checkpoint_files import AtomicCheckpointIO
+from experiments.config import plain
 from experiments.entry import CONF_DIR, RunFailed, one_line
 from experiments.fit import attempt, fit
 from experiments.metrics import MetricsFile, summarise
@@ -247,8 +248,10 @@ def test_other_data_than_it_was_started_on_is_refused(freeze: Callable[..., RunD
 def test_a_run_in_training_is_left_alone(freeze: Callable[..., RunDir]) -> None:
     run = freeze()
     with run.claim():
-        with pytest.raises(ValueError, match="another process"):
-            freeze()
+        freeze()  # the same config: there is nothing to write
+        other = {**plain(run.config), "ctx_len": 32}
+        with pytest.raises(ValueError, match=r"another process .* with another config \(ctx_len"):
+            RunDir.store(run.path, other)
         with pytest.raises(RunFailed, match="another process"):
             attempt(RunDir(run.path))
     assert sorted(p.name for p in run.path.iterdir()) == [".claim.1", ".lock", "config.yaml"]
