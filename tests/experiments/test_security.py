@@ -467,6 +467,7 @@ def test_a_report_runs_nothing_and_stays_in_its_folder(
     before = {path for path in run.parents[3].rglob("*") if "report" not in path.parts}
     arguments = ["report", "suite=s", f"paths.runs={suite.parent}"]
     monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # it sets that itself, for good
     main()
     assert {path for path in run.parents[3].rglob("*") if "report" not in path.parts} == before
     pages = [path.read_text() for path in (suite / "report").glob("*.html")]
