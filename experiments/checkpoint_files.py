@@ -62,10 +62,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None
     ) -> None:
         target = Path(path)
-        target.parent.mkdir(exist_ok=True)
         new = target.with_name(f".{target.name}.{os.getpid()}")
         try:
-            put(new, target, write(checkpoint, new))
+            try:
+                self._write(checkpoint, new, target)
+            except FileNotFoundError:  # somebody removed the folder meanwhile
+                self._write(checkpoint, new, target)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             cause = error if isinstance(error, OSError) else error.__context__
             if isinstance(cause, OSError):
@@ -75,6 +77,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise
         finally:
             remove(new)
+
+    @staticmethod
+    def _write(checkpoint: dict[str, Any], new: Path, target: Path) -> None:
+        target.parent.mkdir(exist_ok=True)
+        put(new, target, write(checkpoint, new))
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
