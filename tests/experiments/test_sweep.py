@@ -146,6 +146,7 @@ def test_a_signal_makes_all_save_and_loses_no_list(suite: Suite, number: str, co
     assert "it went wrong" in suite.err
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_all_at_once(suite: Suite) -> None:
     slow = suite.start("model=rwkv4_pico", "seed=0,1", "jobs=2", deeds={"": "deaf"})
     try:
@@ -190,6 +191,7 @@ def test_duplicates_are_trained_once(suite: Suite) -> None:
     assert "1 trained" in suite.out
 
 
+@pytest.mark.slow
 def test_an_edited_config_does_not_reach_a_cell_that_waits_in_a_live_launch(suite: Suite) -> None:
     slow = suite.start("model=rwkv4_pico", "seed=0,1", deeds={"seed=0": 60})
     try:
@@ -211,6 +213,7 @@ def test_an_edited_config_does_not_reach_a_cell_that_waits_in_a_live_launch(suit
     assert "2 trained" in suite.out
 
 
+@pytest.mark.slow
 def test_damaged_entries_cost_their_own_cell_one_line(suite: Suite) -> None:
     assert suite.launch(*FOUR) == 0
     paths = [suite.run(f"rwkv4_pico/seed={seed}").path for seed in range(4)]
@@ -253,6 +256,7 @@ def test_what_is_remembered_may_be_damaged(
     assert grid.Remembered(config).known(["a"]) is None
 
 
+@pytest.mark.slow
 def test_a_remembered_cell_counts_only_while_nothing_it_depends_on_changed(
     suite: Suite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,6 +289,7 @@ def test_a_remembered_cell_counts_only_while_nothing_it_depends_on_changed(
     assert composing() == 2
 
 
+@pytest.mark.slow
 def test_a_cell_in_training_elsewhere_is_waited_for_and_not_trained_again(suite: Suite) -> None:
     first = suite.start("model=rwkv4_pico", "seed=0,1,2", deeds={"": 0.5})
     try:
