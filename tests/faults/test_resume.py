@@ -174,26 +174,28 @@ def test_files_removed_under_a_running_job(
     same_end(undisturbed("rwkv4_pico")[0], run)
 
 
-def stop_at_second(original: Callable[..., Any]) -> Callable[..., Any]:
-    calls = []
+@pytest.fixture
+def half_done(freeze: Freeze, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A run that was killed after 12 of its 24 steps, before its second best was copied."""
+    run = freeze(tmp_path)
+    copied = []
 
-    def patched(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
+    def kill_at_second(checkpoints: Checkpoints) -> None:
+        copied.append(1)
+        if len(copied) == 2:
             raise Killed
-        return original(*args)
 
-    return patched
+    with monkeypatch.context() as patch:
+        before(patch, Checkpoints, "copy_best", kill_at_second)
+        with pytest.raises(Killed):
+            fit(run)
+    return run
 
 
 def test_the_best_checkpoint_is_restored_if_the_kill_came_before_its_copy(
-    freeze: Freeze, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    half_done: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = freeze(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "copy_best", stop_at_second(Checkpoints.copy_best))
-        with pytest.raises(Killed):
-            fit(run)
+    run = half_done
     assert read_checkpoint(run.checkpoint("best"))["global_step"] == 6
     assert read_checkpoint(run.checkpoint("last"))["global_step"] == 12
     with monkeypatch.context() as patch:
@@ -230,28 +232,19 @@ def test_a_clock_that_is_set_back(
 
 @pytest.mark.slow
 def test_workers_for_the_rest(
-    freeze: Freeze, undisturbed: Undisturbed, same_end: SameEnd, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    run = freeze(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "copy_best", stop_at_second(Checkpoints.copy_best))
-        with pytest.raises(Killed):
-            fit(run)
+    freeze: Freeze, half_done: RunDir, undisturbed: Undisturbed, same_end: SameEnd, tmp_path: Path
+) -> None:
     run = freeze(tmp_path, "num_workers=1")
+    assert run.path == half_done.path
     fit(run)
     same_end(undisturbed("rwkv4_pico")[0], run)
 
 
 def test_a_damaged_checkpoint_and_metrics_file_cost_no_more_than_some_steps(
-    freeze: Freeze, undisturbed: Undisturbed, same_end: SameEnd, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    half_done: RunDir, undisturbed: Undisturbed, same_end: SameEnd,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    run = freeze(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "copy_best", stop_at_second(Checkpoints.copy_best))
-        with pytest.raises(Killed):
-            fit(run)
+    run = half_done
     last = run.checkpoint("last")
     last.write_bytes(last.read_bytes()[:5000])
     (run.path / "metrics.csv").write_bytes(b"step,tok\x00\n1,2,3")
@@ -262,15 +255,10 @@ def test_a_damaged_checkpoint_and_metrics_file_cost_no_more_than_some_steps(
 
 
 def test_a_checkpoint_of_an_earlier_version(
-    freeze: Freeze, undisturbed: Undisturbed, same_end: SameEnd, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    half_done: RunDir, undisturbed: Undisturbed, same_end: SameEnd
+) -> None:
     """It has neither a list of SHA-256s beside it, nor rows and random numbers in it."""
-    run = freeze(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "copy_best", stop_at_second(Checkpoints.copy_best))
-        with pytest.raises(Killed):
-            fit(run)
+    run = half_done
     last = run.checkpoint("last")
     checkpoint = read_checkpoint(last)
     del checkpoint["callbacks"]["Checkpoints"], checkpoint["callbacks"]["RunLog"]["metrics"]
