@@ -106,7 +106,7 @@ def judge(run: RunDir, code: int) -> Outcome:
         ValueError, OSError: if files of the run are damaged or gone.
     """
     path, error_file = str(run.path), run.path / "error.txt"
-    if code == 0 and run.finished:
+    if run.finished:  # whatever hit the process afterwards
         return Outcome(path, "done", run.summary())
     if code in (REQUEUE, *(-number for number in ASK_REQUEUE)):
         return Outcome(path, "requeue", "stopped; the same command goes on", REQUEUE)

@@ -18,7 +18,7 @@ from experiments.cluster import in_queue, queued_job
 from .conftest import ROOT, Sweep, assert_same, wait_for
 
 HERE = Path(__file__).parent
-N_TOKENS = 2_000_000  # of a cell: more than fits into a minute, the shortest limit that SLURM has
+N_TOKENS = 5_000_000  # of a cell: more than fits into a minute, the shortest limit that SLURM has
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,9 +93,19 @@ def test_killed_launcher_preempted_and_cancelled_jobs(sweep: Sweep) -> None:
 
 def test_sbatch_alone_with_two_processes_of_srun(sweep: Sweep, limit_min: int) -> None:
     train = [sys.executable, "-m", "experiments.train", "model=rwkv4_pico", "micro_batch_size=2"]
-    subprocess.run([*train, "suite=alone", *sweep.shared], check=True, cwd=ROOT, timeout=3600)
+    small = "budget_tokens=1e6"  # two processes are slower than one here
+    subprocess.run(
+        [*train, "suite=alone", *sweep.shared, small], check=True, cwd=ROOT, timeout=3600
+    )
     shared = [word for word in sweep.shared if word != "trainer=cpu"]
-    given = ["suite=plain", "trainer=ddp", "trainer.accelerator=cpu", "dry_run=true", *shared]
+    given = [
+        "suite=plain",
+        "trainer=ddp",
+        "trainer.accelerator=cpu",
+        "dry_run=true",
+        *shared,
+        small,
+    ]
     subprocess.run([*train, *given], check=True, cwd=ROOT, timeout=120)
     (run,) = sweep.cells("plain")
     start = time.monotonic()

@@ -1,10 +1,11 @@
 """A stand-in for ``experiments.fit`` that trains nothing: it takes over the claim, counts, ends.
 
 ``FAKE_LOG`` is a file that gets a line at each start and end; ``FAKE_DEEDS`` is JSON that tells by
-run name what happens: a number is seconds of work, else fail, bad, kill, exit, remove
-(its own folder), or deaf (works for a minute and heeds no signal).
+run name what happens: a number is seconds of work, else fail, bad, kill (itself), late (itself,
+when all is done), exit, remove (its own folder), or deaf (works for a minute and heeds no signal).
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -27,12 +28,12 @@ def log(event: str, folder: Path) -> None:
 
 def main() -> int:
     folder = Path(sys.argv[1])
-    with Claim.inherited(folder) or Claim.take(folder):
+    with Claim.inherited(folder) or Claim.take(folder), open(folder / "busy", "ab") as busy:
         log("start", folder)
-        busy = folder / "busy"
-        if busy.exists() and Path(f"/proc/{busy.read_text()}").exists():
+        try:
+            fcntl.flock(busy, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed one holds it no more
+        except BlockingIOError:
             log("twice", folder)
-        busy.write_text(str(os.getpid()))
         deeds = json.loads(os.environ.get("FAKE_DEEDS", "{}"))
         deed = next((d for part, d in deeds.items() if part in str(folder)), deeds.get("", 0))
         print(f"working on {folder.name}", file=sys.stderr, flush=True)
@@ -50,16 +51,17 @@ def main() -> int:
         if deed == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         (folder / "manifest.json").write_text("{}")
-        end = time.monotonic() + (60 if deed == "deaf" else float(deed))
+        end = time.monotonic() + {"deaf": 60, "late": 0}.get(deed, deed)
         while time.monotonic() < end and (deed == "deaf" or not stopped):
             time.sleep(0.01)
-        busy.unlink()
         if stopped:
             log("stopped", folder)
             return 75 if stopped[0] in (signal.SIGUSR1, signal.SIGUSR2) else 128 + stopped[0]
         temporary = folder / ".result"
         temporary.write_text("{}")
         temporary.rename(folder / "result.json")
+        if deed == "late":
+            os.kill(os.getpid(), signal.SIGKILL)
         log("done", folder)
         return 0
 
