@@ -1,5 +1,6 @@
 """Do the families' power laws differ, and does a law foretell the size it has not seen?"""
 
+import numpy as np
 import pandas as pd
 
 from analysis import formats as fmt
@@ -19,15 +20,20 @@ def exponents(study: Study) -> Table:
     loss, unit = loss_of(runs)
     partner = scaling.partners(runs)
     rows = []
+    means = runs.groupby("model")[[*X_NAMES]].mean()
+    means["loss"] = np.exp(np.log(runs[loss]).groupby(runs["model"]).mean())
     for family, group in groups(runs[runs["model"].isin(list(partner))], "family"):
-        sides = [group, runs[runs["model"].isin(group["model"].map(partner))]]
+        mine = means.loc[group["model"].unique()]
+        theirs = means.loc[[partner[model] for model in mine.index]]
         for x, name in X_NAMES.items():
-            if min(side[x].nunique() for side in sides) < MIN_SIZES:
+            if min(side[x].nunique() for side in (mine, theirs)) < MIN_SIZES:
                 continue
-            mine, theirs = (scaling.fit_power_law(side[x], side[loss]) for side in sides)
-            difference, low, high = scaling.exponent_difference(mine, theirs)
-            about = {"family": family, "x": name, "b": mine.b, "reference/b": theirs.b}
-            about |= {"n_sizes": mine.n_sizes}
+            laws = [scaling.fit_power_law(side[x], side["loss"]) for side in (mine, theirs)]
+            difference, low, high = scaling.exponent_difference(
+                mine[x], mine["loss"], theirs[x], theirs["loss"]
+            )
+            about = {"family": family, "x": name, "b": laws[0].b, "reference/b": laws[1].b}
+            about |= {"n_sizes": len(mine)}
             rows.append(about | {"difference": difference, "low": low, "high": high})
     if not rows:
         raise NothingToShowError(f"no family has {MIN_SIZES} sizes with a matched GPT")
@@ -44,9 +50,9 @@ def exponents(study: Study) -> Table:
         ("falls faster with x", _faster),
     ]
     notes.append(
-        f"Loss in {unit}, a x^-b over the means of sizes that both have. Difference of b: "
-        "Welch's t interval, from the scatter of sizes around each law. Where a law bends, its "
-        "scatter is that bend, and the interval is about these sizes only."
+        f"Loss in {unit}, a x^-b over the means of sizes that both have. Difference of b: t "
+        "interval from the scatter of sizes around both laws, less what matched sizes have in "
+        "common. Where the laws bend otherwise than alike, it is about these sizes only."
     )
     return Table("Exponents compared", pd.DataFrame(rows), columns, notes + budget_notes(runs))
 

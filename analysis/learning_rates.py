@@ -38,7 +38,7 @@ def optimum(rates: npt.ArrayLike, losses: npt.ArrayLike) -> tuple[float, float]:
 def learning_rate_search(study: Study) -> Table:
     """The best peak learning rate of each model, its loss, how much worse its neighbours are, where
     a parabola has its bottom, and whether both sides of a pair were searched alike."""
-    runs = _searched(study)
+    runs, failed = _searched(study)
     loss, unit = loss_of(runs)
     rows = []
     for (family, model, total), group in groups(runs, "family", "model", "parameters/total"):
@@ -47,14 +47,17 @@ def learning_rate_search(study: Study) -> Table:
         at = int(losses.argmin())
         low, high = at == 0, at == len(rates) - 1
         rate, bottom = optimum(rates, losses)
+        lost = sorted(set(failed.loc[failed["model"] == model, "peak_lr"]) - set(rates))
+        beyond = [r for r in lost if (low and r < rates[at]) or (high and r > rates[at])]
         rows.append({
             "family": family, "model": model, "parameters/total": total,
             "tokens": group["tokens"].mean(), "n_runs": len(group),
-            "tried": " ".join(f"{r:g}" for r in rates), "peak_lr": rates[at], "loss": losses[at],
+            "tried": " ".join(f"{r:g}" for r in sorted([*rates, *lost])),
+            "peak_lr": rates[at], "loss": losses[at],
             "lower_by": np.nan if low else losses[at - 1] - losses[at],
             "higher_by": np.nan if high else losses[at + 1] - losses[at],
             "optimum": rate, "optimum_loss": bottom,
-            "note": _edge(low, high, rates[at]),
+            "note": "; ".join([*_edge((low or high) and not beyond, low, rates[at]), *_lost(lost)]),
         })  # fmt: skip
     columns: list[Column] = [
         ("model", cell("model")),
@@ -73,7 +76,7 @@ def learning_rate_search(study: Study) -> Table:
         "Next lower, next higher: how much worse the neighbours of the best are. Parabola: rate "
         "and loss at its bottom, in log rate through the best and its neighbours. The best of "
         "several is a little too good: its loss is for choosing the rate, not for comparing.",
-        *_unequal(runs),
+        *_unequal(runs, failed),
     ]
     return Table("Search over peak learning rates", pd.DataFrame(rows), columns, notes)
 
@@ -81,7 +84,7 @@ def learning_rate_search(study: Study) -> Table:
 @rc_context(style.STYLE)
 def learning_rates(study: Study) -> Plot:
     """Final validation loss against peak learning rate: a panel a size, the best of each marked."""
-    runs = _searched(study)
+    runs, failed = _searched(study)
     loss, unit = loss_of(runs)
     panels_of = list(_by_size(runs))
     columns = min(COLUMNS, len(panels_of))
@@ -105,12 +108,13 @@ def learning_rates(study: Study) -> Plot:
     for axes in panels[len(panels_of) :]:
         axes.set_axis_off()
     _legend(panels, len(panels_of))
-    notes = ["Each panel has its own scale of losses, a logarithmic one.", *_unequal(runs)]
+    notes = ["Each panel has its own scale of losses, a logarithmic one.", *_unequal(runs, failed)]
     return Plot(title, figure, notes)
 
 
-def _searched(study: Study) -> pd.DataFrame:
-    """The runs of models that have more than one peak rate and differ in nothing else but seeds."""
+def _searched(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The runs of models that have more than one peak rate and differ in nothing else but seeds;
+    and those of the same models that failed, as too high a rate makes them."""
     runs = study.trained
     runs = runs[runs["peak_lr"].notna()]
     runs = runs[runs.groupby("model")["peak_lr"].transform("nunique") > 1]
@@ -123,7 +127,8 @@ def _searched(study: Study) -> pd.DataFrame:
     if mixed.any():
         names = ", ".join(mixed.index[mixed])
         raise NothingToShowError(f"runs of {names} differ in more than optim.peak_lr and seed")
-    return runs.reset_index(drop=True)
+    failed = study.failed[study.failed["model"].isin(runs["model"])]
+    return runs.reset_index(drop=True), failed.dropna(subset=["peak_lr", "budget_tokens"])
 
 
 def _by_size(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
@@ -135,11 +140,12 @@ def _by_size(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
         yield group.sort_values(["family", "peak_lr"], ascending=[False, True])
 
 
-def _unequal(runs: pd.DataFrame) -> list[str]:
+def _unequal(runs: pd.DataFrame, failed: pd.DataFrame) -> list[str]:
     """A line for each pair whose sides were not searched alike: rates, tokens and seeds."""
+    keys = ["model", "peak_lr", "budget_tokens", "seed"]
     searches = {
-        model: set(zip(group["peak_lr"], group["budget_tokens"], group["seed"], strict=True))
-        for model, group in groups(runs, "model")
+        model: set(group[keys[1:]].itertuples(index=False, name=None))
+        for model, group in groups(pd.concat([runs[keys], failed[keys]]), "model")
     }
     notes = []
     for model, partner in partners(runs).items():
@@ -181,10 +187,13 @@ def _legend(panels: list[Axes], n: int) -> None:
     place.legend(found.values(), found.keys(), loc="center" if n < len(panels) else "best")
 
 
-def _edge(low: bool, high: bool, best: float) -> str:
-    if low or high:
-        return f"best at the {'lowest' if low else 'highest'} rate tried: try beyond {best:g}"
-    return ""
+def _edge(at_end: bool, low: bool, best: float) -> list[str]:
+    end = "lowest" if low else "highest"
+    return [f"best at the {end} rate tried: try beyond {best:g}"] * at_end
+
+
+def _lost(rates: list[float]) -> list[str]:
+    return [f"failed at {', '.join(f'{rate:g}' for rate in rates)}"] * bool(rates)
 
 
 def _worse(x: float) -> str:

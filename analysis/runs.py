@@ -40,9 +40,9 @@ YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 def load_runs(path_or_glob: str | Path) -> pd.DataFrame:
     """One row a run: manifest and result flattened with "/" (`parameters/total`, `val/bpb`), and
     `path`, `run`, `variant` (the overrides without the seed), `peak_lr` (of config.yaml, NaN where
-    it has none), `status` (finished, converted, running-or-interrupted, failed, unreadable) and
-    `reason`. A converted run has no losses; its
-    `model` has the last part of its path too, for each is a model of its own.
+    it has none or the run has not ended), `status` (finished, converted, running-or-interrupted,
+    failed, unreadable) and `reason`. A converted run has no losses; its `model` has the last part
+    of its path too, for each is a model of its own.
 
     FileNotFoundError when there is no run at all."""
     text = str(path_or_glob)
@@ -128,6 +128,7 @@ def _read_run(path: str) -> dict[str, Any]:
         lines = (folder / "error.txt").read_text(errors="replace").strip().splitlines()
         return row | {
             "status": "failed",
+            "peak_lr": _peak_lr(folder / "config.yaml"),
             "reason": (lines or ["error.txt is empty"])[0].strip()[:200],  # a traceback follows
         }
     return row | {"status": "running-or-interrupted", "reason": _progress(folder / "metrics.csv")}

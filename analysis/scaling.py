@@ -130,18 +130,30 @@ def _solve_irreducible(u: Array, log_y: Array) -> Array:
     return optimize.least_squares(residuals, start, bounds=bounds, x_scale="jac").x
 
 
-def exponent_difference(mine: PowerLaw, theirs: PowerLaw) -> tuple[float, float, float]:
-    """`mine.b - theirs.b` and its 95 % interval: Welch's t, each law with its own scatter and
-    Satterthwaite's degrees of freedom. NaN ends when one of them has two sizes."""
-    difference = mine.b - theirs.b
-    laws = [(law._covariance[1, 1], law.n_sizes - len(law._covariance)) for law in (mine, theirs)]
-    if not all(freedom for _, freedom in laws):
+def exponent_difference(
+    x: npt.ArrayLike, y: npt.ArrayLike, other_x: npt.ArrayLike, other_y: npt.ArrayLike
+) -> tuple[float, float, float]:
+    """`b - other_b` of two power laws over matched sizes and its 95 % t interval.
+
+    Entry i of both is one size. Scatter that a size has in common with its match, as where both
+    laws bend, cancels: the residuals of the two fits count with their covariance. For equal x this
+    is the regression of log(other_y / y) on log x. NaN ends for fewer than 3 sizes."""
+    slopes, weights, residuals = [], [], []
+    for sizes, values in ((x, y), (other_x, other_y)):
+        u, log_y = np.log(np.asarray(sizes, float)), np.log(np.asarray(values, float))
+        u -= u.mean()
+        slope = (u @ log_y) / (u @ u)
+        slopes.append(slope)
+        weights.append(u / (u @ u))
+        residuals.append(log_y - log_y.mean() - slope * u)
+    difference = float(slopes[1] - slopes[0])
+    freedom = len(weights[0]) - 2
+    if freedom < 1:
         return difference, np.nan, np.nan
-    total = sum(variance for variance, _ in laws)
-    if total == 0:
-        return difference, difference, difference
-    shares = sum((variance / total) ** 2 / freedom for variance, freedom in laws)
-    half = float(stdtrit(1 / shares, 0.5 + LEVEL / 2) * np.sqrt(total))
+    covariance = np.inner(residuals, residuals) / freedom
+    signs = np.array([-1.0, 1.0])
+    variance = float(signs @ (covariance * np.inner(weights, weights)) @ signs)
+    half = float(stdtrit(freedom, 0.5 + LEVEL / 2)) * np.sqrt(max(variance, 0.0))
     return difference, difference - half, difference + half
 
 

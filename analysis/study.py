@@ -36,6 +36,7 @@ class Study:
     scores: pd.DataFrame
     generation: pd.DataFrame
     left_out: pd.DataFrame  # columns run, status, reason
+    failed: pd.DataFrame  # as `runs`; without losses
 
     @property
     def trained(self) -> pd.DataFrame:
@@ -69,7 +70,8 @@ def load_study(path: str | Path, allow_mixed: bool = False) -> Study:
     bad = bad_curves + bad_scores + bad_generation
     partly = [(run, status[run], why) for run, why in bad]
     left_out = pd.concat([rest, pd.DataFrame(partly, columns=rest.columns)], ignore_index=True)
-    return Study(str(done["suite"].iloc[0]), done, curves, scores, generation, left_out)
+    failed = runs[runs["status"] == "failed"].reset_index(drop=True)
+    return Study(str(done["suite"].iloc[0]), done, curves, scores, generation, left_out, failed)
 
 
 def loss_of(runs: pd.DataFrame) -> tuple[str, str]:

@@ -55,35 +55,51 @@ def test_trend_is_the_textbook_regression() -> None:
     assert gap_trend(SIZES[[0, 0, 1, 2]], gap[:4]) is None  # three sizes, not four
 
 
-def test_trend_and_exponent_intervals_cover_at_their_rates() -> None:
-    """Scatter of each size; that of one family five times the other's, as Welch's t must stand."""
+def test_trend_interval_covers_at_its_rate() -> None:
     rng = np.random.default_rng(1)
-    trials, trends, differences = 1000, 0, 0
+    trials, covered = 1000, 0
     for _ in range(trials):
         trend = gap_trend(SIZES, 0.3 - 0.07 * np.log10(SIZES) + rng.normal(0, 0.02, len(SIZES)))
         assert trend is not None
-        trends += trend.low <= -0.07 <= trend.high
-        mine = fit_power_law(SIZES, 9 * SIZES**-0.11 * np.exp(rng.normal(0, 0.01, len(SIZES))))
-        theirs = fit_power_law(SIZES, 8 * SIZES**-0.08 * np.exp(rng.normal(0, 0.05, len(SIZES))))
-        _, low, high = exponent_difference(mine, theirs)
-        differences += low <= 0.03 <= high
-    assert 0.93 < trends / trials < 0.97
-    assert 0.93 < differences / trials < 0.975
+        covered += trend.low <= -0.07 <= trend.high
+    assert 0.93 < covered / trials < 0.97
 
 
-def test_exponent_difference_of_equal_scatter_is_as_wide_as_welch_says() -> None:
-    noise = np.array([0.01, -0.02, 0.015, -0.01, 0.005])
-    mine = fit_power_law(SIZES, 9 * SIZES**-0.11 * np.exp(noise))
-    theirs = fit_power_law(SIZES, 8 * SIZES**-0.08 * np.exp(noise))
-    difference, low, high = exponent_difference(mine, theirs)
-    error = stats.linregress(np.log(SIZES), noise).stderr
-    assert difference == pytest.approx(0.03)
-    assert high - difference == pytest.approx(stats.t.ppf(0.975, 6) * np.sqrt(2) * error)
-    assert difference - low == pytest.approx(high - difference)
-    two = fit_power_law(SIZES[:2], SIZES[:2] ** -0.1)
-    assert np.isnan(exponent_difference(two, mine)[1:]).all()
-    exact = fit_power_law([1.0, 2.0, 4.0], [1.0, 1.0, 1.0])
-    assert exponent_difference(exact, exact) == (0, 0, 0)
+@pytest.mark.parametrize("shared", [0.0, 0.05])
+@pytest.mark.parametrize("other_x", [SIZES, SIZES**1.05])
+def test_exponent_interval_covers_at_its_rate(shared: float, other_x: np.ndarray) -> None:
+    """Scatter of each size, the match's five times as large, and what both have in common, as where
+    both laws bend; that makes no interval wider."""
+    rng = np.random.default_rng(1)
+    trials, covered, widths = 1000, 0, []
+    for _ in range(trials):
+        both = rng.normal(0, shared, len(SIZES))
+        mine = 9 * SIZES**-0.11 * np.exp(rng.normal(0, 0.002, len(SIZES)) + both)
+        theirs = 8 * other_x**-0.08 * np.exp(rng.normal(0, 0.01, len(SIZES)) + both)
+        _, low, high = exponent_difference(SIZES, mine, other_x, theirs)
+        covered += low <= 0.03 <= high
+        widths.append(high - low)
+    assert 0.93 < covered / trials < 0.97
+    assert np.median(widths) < 0.025
+
+
+def test_exponent_difference_of_equal_sizes_is_the_regression_of_the_ratio() -> None:
+    rng = np.random.default_rng(2)
+    mine = 9 * SIZES**-0.11 * np.exp(rng.normal(0, 0.02, len(SIZES)))
+    theirs = 8 * SIZES**-0.08 * np.exp(rng.normal(0, 0.02, len(SIZES)))
+    difference, low, high = exponent_difference(SIZES, mine, SIZES, theirs)
+    line = stats.linregress(np.log(SIZES), np.log(theirs / mine))
+    half = stats.t.ppf(0.975, len(SIZES) - 2) * line.stderr
+    assert (difference, high - difference) == pytest.approx((line.slope, half))
+    assert difference - low == pytest.approx(half)
+    assert difference == pytest.approx(
+        fit_power_law(SIZES, mine).b - fit_power_law(SIZES, theirs).b
+    )
+    two = exponent_difference(SIZES[:2], mine[:2], SIZES[:2], theirs[:2])
+    assert np.isfinite(two[0])
+    assert np.isnan(two[1:]).all()
+    flat = np.ones(3)
+    assert exponent_difference(SIZES[:3], flat, SIZES[:3], flat) == (0, 0, 0)
 
 
 def test_a_study_with_a_budget_per_size(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def test_the_best_its_neighbours_and_the_edge_are_in_the_table(tmp_path: Path) -
     assert inside["optimum_loss"] == pytest.approx(2.5)
     expected = parabola(0.002, 0.005) - parabola(0.004, 0.005)
     assert inside["lower_by"] == pytest.approx(expected)
-    assert (inside["lower_by"], inside["higher_by"]) > (0, 0)
+    higher = parabola(0.008, 0.005) - parabola(0.004, 0.005)
+    assert inside["higher_by"] == pytest.approx(higher)
     assert edge["note"] == "best at the lowest rate tried: try beyond 0.001"
     assert np.isnan([edge["lower_by"], edge["optimum"]]).all()
     assert inside["tried"] == "0.001 0.002 0.004 0.008 0.016"
@@ -64,6 +65,19 @@ def test_a_search_that_one_side_has_not_had_is_said(tmp_path: Path) -> None:
     for item in (learning_rate_search(study), learning_rates(study)):
         (note,) = [note for note in item.notes if note.startswith("NOT AN EQUAL SEARCH")]
         assert "rwkv4_nano was tried at 0.016 (1M tokens, seed 0), gpt_nano was not" in note
+
+
+def test_a_rate_that_failed_was_tried(tmp_path: Path) -> None:
+    write_search(tmp_path, "rwkv4_nano", best=0.004)
+    write_search(tmp_path, "gpt_nano", best=0.008)
+    (folder,) = (tmp_path / "search" / "gpt_nano").glob("*peak_lr=0.016")
+    (folder / "result.json").unlink()
+    (folder / "error.txt").write_text("the loss became nan at step 17\n")
+    table = learning_rate_search(load_study(tmp_path / "search"))
+    row = table.frame.set_index("model").loc["gpt_nano"]
+    assert (row["peak_lr"], row["note"]) == (0.008, "failed at 0.016")
+    assert row["tried"] == "0.001 0.002 0.004 0.008 0.016"
+    assert any("the same rates, tokens and seeds" in note for note in table.notes)
 
 
 def test_a_search_with_more_tokens_on_one_side_is_refused_or_said(tmp_path: Path) -> None:
