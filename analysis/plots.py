@@ -92,9 +92,9 @@ def _curves(
         at, color = line[x], model_shade(runs, family, model)
         label = f"{fmt.family_name(family)} {fmt.short(total)}"
         dashes = "-" if family != "gpt" else (0, (5, 1.5))
-        point, ends = style.marker(family), [-1] if x == "flops" or len(line) == 1 else []
+        point = style.marker(family) if x == "flops" or len(line) == 1 else None
         axes.plot(
-            at, line["mean"], color=color, ls=dashes, marker=point, markevery=ends, label=label
+            at, line["mean"], color=color, ls=dashes, marker=point, markevery=[-1], label=label
         )
         if (line["max"] > line["min"]).any():
             axes.fill_between(at, line["min"], line["max"], color=color, alpha=0.2, lw=0)
@@ -229,6 +229,10 @@ def _loss_axis(
     for level in xz:
         axes.axhline(level, color=style.MUTED, ls=":", lw=1.4)
         text, place = f"xz on the same text: {level:.2f}", axes.get_yaxis_transform()
-        axes.text(0.01, level, text, transform=place, va="bottom", size=8.5, color=style.MUTED)
+        ground = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1.0}  # over lines and bands
+        axes.annotate(
+            text, (0.01, level), (0, 3), xycoords=place, textcoords="offset points",
+            va="bottom", size=8.5, color=style.MUTED, bbox=ground,
+        )  # fmt: skip
     if label:
         axes.set_ylabel(f"validation loss ({unit})")
