@@ -64,8 +64,7 @@ class Loops:
     def __init__(self, train: list[str], n_steps: int, folder: str) -> None:
         quiet_lightning()
         fixed = ["suite=bench", f"paths.runs='{folder}'", "n_validations=1", "trainer=cpu"]
-        # no accumulation, and hardly any validation: neither is what is measured
-        fixed += ["micro_batch_size=${batch_size}", "+trainer.limit_val_batches=1"]
+        fixed += ["micro_batch_size=${batch_size}"]  # no accumulation
         self.run = RunDir.freeze(compose("train", overrides=[*train, *fixed]), [])
         self.data = TokenData.open(prepare(self.run.config.data))
         self.n_steps = n_steps
@@ -81,6 +80,7 @@ class Loops:
             self.run, self.model, self.data, self.n_steps, self.stop
         )
         module.peak_flops = math.inf  # utilisation is logged, and of no interest
+        trainer.limit_val_batches = 1  # so is validation
         return trainer, module, datamodule
 
     def load_batches(self) -> list[tuple[Tensor, Tensor]]:

@@ -8,16 +8,16 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from experiments.claim import Claim, RunLocked
 from experiments.entry import one_line
 from experiments.run_dir import RunDir, write_text
+from experiments.signals import ASK_REQUEUE, REQUEUE
 
-REQUEUE = 75  # exit code of a run that saved and wants to be started again
+COMMAND = [sys.executable, "-m", "experiments.fit"]
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-ASK_REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)  # a cluster's time limit, or preemption
 
 
 @dataclass
@@ -25,7 +25,9 @@ class Outcome:
     """How one cell of a sweep ended."""
 
     run: str
-    status: str  # done, skipped (finished before), failed, interrupted, requeue, elsewhere, waiting
+    # done, skipped (finished before), other (done by another launch), failed, interrupted,
+    # requeue, elsewhere, waiting
+    status: str
     detail: str = ""
     exit_code: int = 0
 
@@ -129,9 +131,6 @@ def judge(run: RunDir, code: int) -> Outcome:
     return Outcome(path, "failed", reason, max(code, 1))
 
 
-COMMAND = [sys.executable, "-m", "experiments.fit"]
-
-
 def tail(log: Path, n_bytes: int = 10_000) -> str:
     """The end of a log, or nothing if there is none."""
     try:
@@ -164,12 +163,7 @@ class Stops:
                     self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -69,7 +69,9 @@ class Job:
             os.execv(COMMAND[0], [*COMMAND, self.path])
         outcome = train_when_free(RunDir(self.path))
         print(f"{self.path}: {outcome.status} {outcome.detail}", flush=True)
-        if outcome.status == "requeue":  # now, when the run has saved, submitit may do its part
+        if (
+            outcome.status == "requeue"
+        ):  # submitit requeues in its handler: only now, when all is saved
             import submitit
 
             number = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]

@@ -36,7 +36,7 @@ NAMED_BY_PATH = ("suite", "model", "experiment", "seed")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 LOSSES = ("full", "chunked")
 BACKPROPS = ("full", "truncated")
-# What conf/trainer may hand to Lightning's Trainer; the rest is the suite's own.
+# What conf/trainer may hand to Lightning's Trainer, none of which changes what is computed.
 TRAINER_KEYS = (
     "accelerator",
     "devices",
@@ -44,10 +44,6 @@ TRAINER_KEYS = (
     "strategy",
     "detect_anomaly",
     "profiler",
-    "deterministic",
-    "benchmark",
-    "limit_train_batches",
-    "limit_val_batches",
 )
 # key: (type, least value, whether the least itself is allowed)
 NUMBERS: dict[str, tuple[type, float, bool]] = {
@@ -155,13 +151,13 @@ def run_tag(overrides: Sequence[str], seed: int, execution: Sequence[str] = EXEC
     Args:
         execution: the config's `execution_keys`.
     """
-    kept = []
+    kept = {}
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         if key in NAMED_BY_PATH or key.startswith("hydra") or covers(execution, key):
             continue
-        kept.append(f"{key}={canonical(value)}")
-    tag = ",".join(sorted(kept))
+        kept[key] = f"{key}={canonical(value)}"  # of several the last counts, as for Hydra
+    tag = ",".join(sorted(kept.values()))
     safe = re.sub(r"[^A-Za-z0-9=.,_+-]+", "-", tag)
     if safe != tag or len(safe) > 80:  # two different tags must never share a directory
         safe = f"{safe[:64]}-{hashlib.sha256(tag.encode()).hexdigest()[:8]}"

@@ -117,9 +117,9 @@ def build(
     flops = model.flops_per_token(cfg.ctx_len)
     val_every = max(1, round(n_steps / cfg.n_validations))
     run_log = RunLog(MetricsFile(run.path / "metrics.csv"), tokens_per_step, flops, cfg.log_every)
-    places = trainer_options(cfg)
+    options = trainer_options(cfg)
     trainer = L.Trainer(
-        **places | {"plugins": [*places["plugins"], BackgroundCheckpointIO()]},
+        **options | {"plugins": [*options["plugins"], BackgroundCheckpointIO()]},
         precision=cfg.precision,
         max_steps=n_steps,
         max_epochs=-1,

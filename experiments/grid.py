@@ -54,7 +54,7 @@ def compose(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return hydra.compose(config.hydra.job.config_name, [*paths, *overrides])
 
 
-def place(config: DictConfig, overrides: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+def locate(config: DictConfig, overrides: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     """Check a cell's config and complete it; its run directory, and what is frozen there.
 
     Raises:
@@ -66,7 +66,7 @@ def place(config: DictConfig, overrides: Sequence[str]) -> tuple[Path, dict[str,
 
         config.data.vocab_size = TokenData.open(prepare(config.data)).vocab_size
     check_config(config)
-    return RunDir.place(config, overrides)
+    return RunDir.locate(config, overrides)
 
 
 class Remembered:

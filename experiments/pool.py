@@ -5,7 +5,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -70,7 +69,10 @@ class Pool:
             self.asked = time.monotonic()
             if not self.waiting and not self.running and not self.told:
                 self.told = True
-                self.progress.say(f"waiting for {len(self.away)} in training elsewhere")
+                who = [f"{run.name} ({holder(run.path) or 'ending'})" for run in self.away]
+                self.progress.say(
+                    f"waiting for {len(self.away)} in training elsewhere: {', '.join(who)}"
+                )
             self.waiting.extend(self.away)
             self.away.clear()
         while self.waiting and self.free and not self.stopping:
@@ -154,7 +156,7 @@ class Progress:
 
     def end(self, run: RunDir, outcome: Outcome, print_done: bool) -> None:
         self.ended += 1
-        if outcome.status in ("done", "other") and not print_done:
+        if outcome.status == "done" and not print_done:  # it has said so itself
             return
         done = "done" if outcome.status == "other" else outcome.status
         line = f"{done}: {run.name}: {outcome.detail}"
@@ -168,10 +170,5 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.close()

@@ -86,7 +86,7 @@ class RunDir:
             raise ValueError(f"{self.path} is not a run directory: it has no config.yaml")
 
     @staticmethod
-    def place(config: DictConfig, overrides: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    def locate(config: DictConfig, overrides: Sequence[str]) -> tuple[Path, dict[str, Any]]:
         """The directory that a composed config belongs into, and the config as it is frozen.
 
         Raises:
@@ -110,9 +110,9 @@ class RunDir:
         """Make or find the run directory of a composed config and store the config in it.
 
         Raises:
-            ValueError: as `store` and `place`.
+            ValueError: as `store` and `locate`.
         """
-        return cls.store(*cls.place(config, overrides))
+        return cls.store(*cls.locate(config, overrides))
 
     @classmethod
     def store(

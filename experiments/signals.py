@@ -3,16 +3,15 @@
 import math
 import signal
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
-# SIGUSR1 and SIGUSR2 are a cluster's: the time is up, or somebody else needs the machine. The exit
-# code says that the run saved and wants to be started again; it is sysexits.h's EX_TEMPFAIL.
+ASK_REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)  # a cluster's: time is up, or it is preempted
+REQUEUE = 75  # exit code: saved, wants to be started again; EX_TEMPFAIL of sysexits.h
 CODES = {
     signal.SIGINT: 128 + signal.SIGINT,
     signal.SIGTERM: 128 + signal.SIGTERM,
-    signal.SIGUSR1: 75,
-    signal.SIGUSR2: 75,
+    **dict.fromkeys(ASK_REQUEUE, REQUEUE),
 }
 TWICE_S = 1.0  # the same request may arrive twice: from a terminal, and from who started us
 
@@ -39,12 +38,7 @@ class StopRequest:
         self.install()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

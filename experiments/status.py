@@ -56,7 +56,7 @@ def state(run: RunDir) -> State:
             speed = result.get("perf/tokens_per_s")
             words = ", ".join(run.summary().split(", ")[2:-1])  # what no other column says
             return State(name, model, "done", n or 0, n, 0, speed, words)
-        config = read_config(run)
+        config = quick_config(run)
         found = State(name, model, "waiting", 0, step_count(config))
         found.step_tokens = config.batch_size * config.ctx_len
         rows = MetricsFile(run.path / "metrics.csv").rows()
@@ -86,7 +86,7 @@ def unfinished(run: RunDir) -> tuple[str, str]:
         return "waiting", ""
 
 
-def read_config(run: RunDir) -> DictConfig:
+def quick_config(run: RunDir) -> DictConfig:
     """A frozen config, with the fast loader; it is resolved, so values are all there is.
 
     Raises:

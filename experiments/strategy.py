@@ -46,10 +46,10 @@ def trainer_options(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError("precision=16-mixed needs a GPU: on a CPU use bf16-mixed or 32-true")
     if cfg.precision == "16-mixed" and options["strategy"] == "fsdp":
         raise ValueError("precision=16-mixed does not go with trainer=fsdp: use bf16-mixed")
-    return options | places(options) | {"strategy": make_strategy(options["strategy"])}
+    return options | devices_and_nodes(options) | {"strategy": make_strategy(options["strategy"])}
 
 
-def places(options: dict[str, Any]) -> dict[str, Any]:
+def devices_and_nodes(options: dict[str, Any]) -> dict[str, Any]:
     """Devices of each machine, machines, and the plugin that knows who starts their processes."""
     devices, n_nodes = options["devices"], options["num_nodes"]
     started = ranks.started()

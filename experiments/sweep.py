@@ -20,13 +20,14 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from experiments import grid, ranks
-from experiments.cell import ASK_REQUEUE, REQUEUE, Outcome, Stops
+from experiments.cell import Outcome, Stops
 from experiments.claim import holder
 from experiments.entry import REPORTED, one_line, one_line_errors
 from experiments.launches import Launch
 from experiments.places import places
 from experiments.pool import ASK_S, Pool
 from experiments.run_dir import RunDir
+from experiments.signals import ASK_REQUEUE, REQUEUE
 from experiments.status import state, table
 
 DONE = ("done", "skipped", "other")
@@ -69,7 +70,7 @@ def sweep(config: DictConfig) -> int:
             if run := remembered.known(overrides):
                 known[run.path] = run
             else:
-                path, frozen = grid.place(grid.compose(config, overrides), overrides)
+                path, frozen = grid.locate(grid.compose(config, overrides), overrides)
                 placed[path] = (overrides, frozen)
         except REPORTED as error:
             label = " ".join(o for o in overrides if o not in common) or " ".join(overrides)

@@ -16,14 +16,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import ranks
-from experiments.cell import COMMAND, Outcome, Stops, train_cell
+from experiments.cell import COMMAND, Stops
 from experiments.entry import entry
-from experiments.grid import place
+from experiments.grid import locate
 from experiments.pool import Pool
 from experiments.run_dir import RunDir
 from experiments.sweep import exit_code
-
-__all__ = ["Outcome", "main", "train", "train_cell"]
 
 
 def train(run: RunDir) -> int:
@@ -70,7 +68,7 @@ def train_together(path: Path, frozen: dict[str, Any]) -> None:
 @entry("train")
 def main(cfg: DictConfig) -> None:
     """One run; a multirun never comes here, `experiments.sweep` ends it."""
-    path, frozen = place(cfg, list(HydraConfig.get().overrides.task))
+    path, frozen = locate(cfg, list(HydraConfig.get().overrides.task))
     if ranks.started() and not cfg.dry_run:
         train_together(path, frozen)
     run = RunDir.store(path, frozen)

@@ -43,6 +43,7 @@ def test_tag_names_what_is_computed_and_nothing_else() -> None:
     )
     assert run_tag(["budget_tokens=5e6"], 0) == run_tag(["budget_tokens=5_000_000"], 0)
     assert run_tag(["ctx_len=64", "batch_size=2"], 0) == "seed=0,batch_size=2,ctx_len=64"
+    assert run_tag(["ctx_len=32", "+ctx_len=64"], 0) == "seed=0,ctx_len=64"  # the last counts
 
 
 def test_tags_of_different_overrides_differ_and_stay_in_their_folder() -> None:

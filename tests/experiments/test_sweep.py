@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 from experiments import cell, grid, train
 from experiments.claim import Claim
 from experiments.places import gpu_names, places
-from experiments.pool import Pool
+from experiments.pool import Progress
 from experiments.run_dir import RunDir, find_runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,6 @@ LAUNCH = (
     "from experiments.train import main; main()"
 )
 TWO = ["model=gpt_pico", "seed=0,1"]
-pool_train = Pool.train
 FOUR = ["model=rwkv4_pico", "seed=0,1,2,3"]
 
 
@@ -302,6 +302,7 @@ def test_a_cell_in_training_elsewhere_is_waited_for_and_not_trained_again(suite:
     assert sorted(suite.events("done")) == [f"rwkv4_pico/seed={seed}" for seed in range(3)]
     assert len(suite.events("start")) == 3
     assert "trained by other launches" in suite.out
+    assert "done: s/rwkv4_pico/seed=0" in suite.out
 
 
 def test_what_failed_in_another_launch_is_reported_and_not_tried_again(
@@ -309,18 +310,18 @@ def test_what_failed_in_another_launch_is_reported_and_not_tried_again(
 ) -> None:
     assert suite.launch("model=rwkv4_pico", "seed=0", deeds={"": "fail"}) == 1
     held = Claim.take(suite.run("rwkv4_pico/seed=0").path, training=False)
-    started = threading.Event()
-    monkeypatch.setattr(Pool, "train", lambda self: started.set() or pool_train(self))
+    original = Progress.say
 
-    def fail() -> None:
-        started.wait(60)
-        (held.folder / "error.txt").write_text("failed there\n")
-        held.release()
+    def fail_there(progress: Progress, line: str) -> None:
+        original(progress, line)
+        if line.startswith("waiting for"):
+            (held.folder / "error.txt").write_text("failed there\n")
+            held.release()
 
-    thread = threading.Thread(target=fail)
-    thread.start()
+    monkeypatch.setattr(Progress, "say", fail_there)
     assert suite.launch("model=rwkv4_pico", "seed=0") == 1
-    thread.join()
+    here = f"{platform.node()}, process {os.getpid()}, since "
+    assert f"waiting for 1 in training elsewhere: s/rwkv4_pico/seed=0 ({here}" in suite.out
     assert "failed there" in suite.err
     assert len(suite.events("start")) == 1
     assert suite.launch("model=rwkv4_pico", "seed=0") == 0  # another launch tries it again

@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from models.generation import generate
 from models.language_model import LanguageModel, State, select_rows
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -223,3 +224,9 @@ def test_compiling_in_place_keeps_the_keys(name: str) -> None:
     assert_close(model(ids)[0], expected)
     for key, gradient in gradients(model, model(ids)[0], weight).items():
         assert_close(gradient, expected_gradients[key], 1e-4)
+
+
+def test_prompts_of_different_lengths_go_on_as_each_alone(model: LanguageModel) -> None:
+    prompts = [[5, 9, 2, 7], [3]]
+    alone = [generate(model, [prompt], 4)[0] for prompt in prompts]
+    assert generate(model, prompts, 4) == alone
