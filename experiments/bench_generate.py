@@ -26,7 +26,8 @@ from experiments.bench_measure import (
     read_rows,
 )
 from experiments.entry import RunFailed
-from experiments.run_dir import DTYPES, RunDir, find_runs, load_model, write_json
+from experiments.run_dir import RunDir, find_runs, write_json
+from experiments.trained_model import DTYPES, load_model
 from experiments.writer import usable_device
 from models.generation import Sampling, prefill, sample
 from models.language_model import LanguageModel, State

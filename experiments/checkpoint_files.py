@@ -20,7 +20,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from experiments.checksums import CHECKSUMS, digest, is_whole, known_digests
-from experiments.run_dir import read_checkpoint, write_json
+from experiments.run_dir import write_json
+from experiments.trained_model import read_checkpoint
 
 LAST, PREVIOUS, BEST, DAMAGED = "last.ckpt", "previous.ckpt", "best.ckpt", "damaged.ckpt"
 

@@ -21,7 +21,7 @@ from experiments.config import plain
 from experiments.entry import RunFailed, as_typed, entry, one_line
 from experiments.journal import Journal
 from experiments.lm_eval_tasks import Tasks
-from experiments.run_dir import RunDir, find_runs, load_model, load_tokenizer
+from experiments.run_dir import RunDir, find_runs
 from experiments.scores import (
     held_out,
     read_scored,
@@ -31,6 +31,7 @@ from experiments.scores import (
     weights_hash,
     write_scored,
 )
+from experiments.trained_model import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from experiments.data.token_data import TokenData

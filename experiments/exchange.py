@@ -16,8 +16,9 @@ from torch import Tensor
 
 from experiments.data.tokenizer import END_OF_TEXT, JsonTokenizer, Tokenizer, read_tokenizer
 from experiments.outside import compare
-from experiments.run_dir import RunDir, model_weights, write_json, write_text
+from experiments.run_dir import RunDir, write_json, write_text
 from experiments.targets import make
+from experiments.trained_model import model_weights
 from experiments.weights_file import (
     Source,
     load_pickle,

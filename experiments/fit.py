@@ -31,11 +31,12 @@ from experiments.loggers import make_loggers
 from experiments.manifest import manifest
 from experiments.metrics import MetricsFile, summarise
 from experiments.optim import Schedule, make_optimizer
-from experiments.run_dir import RunDir, read_checkpoint, write_json, write_text
+from experiments.run_dir import RunDir, write_json, write_text
 from experiments.shards import make_whole
 from experiments.signals import StopRequest
 from experiments.strategy import is_lost_peer, trainer_options
 from experiments.targets import make
+from experiments.trained_model import read_checkpoint
 from models.language_model import LanguageModel
 
 

@@ -13,7 +13,8 @@ from lm_eval.api.registry import register_model
 
 from experiments.entry import one_line_errors
 from experiments.lm_eval_adapter import LanguageModelLM
-from experiments.run_dir import RunDir, load_model, load_tokenizer
+from experiments.run_dir import RunDir
+from experiments.trained_model import load_model, load_tokenizer
 
 
 @register_model("rwkv_parity")

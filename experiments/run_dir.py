@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.checksums import CHECKSUMS, is_whole
 from experiments.claim import Claim, RunLocked
 from experiments.config import (
     LAUNCH_KEYS,
@@ -25,11 +24,7 @@ from experiments.config import (
     plain,
     run_tag,
 )
-from experiments.targets import check_links, check_targets, make, read_config
-
-if TYPE_CHECKING:
-    from experiments.data.tokenizer import Tokenizer
-    from models.language_model import LanguageModel
+from experiments.targets import check_links, check_targets, read_config
 
 
 def write_json(path: Path, obj: Any) -> None:
@@ -265,90 +260,3 @@ def find_runs(pattern: str | Path | Sequence[str]) -> list[RunDir]:
     if not found:
         raise FileNotFoundError(f"no run directory matches {', '.join(map(str, patterns))}")
     return [RunDir(os.path.relpath(path)) for path in found]
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint, a file or a folder of shards, without running any code of it.
-
-    Raises:
-        ValueError: if it is damaged or wants more than tensors.
-    """
-    import torch
-
-    if is_whole(path) is False:
-        raise ValueError(f"{path} is damaged: its SHA-256 is not the one written in {CHECKSUMS}")
-    try:
-        if path.is_dir():
-            from experiments.shards import read_shards
-
-            return read_shards(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is not a readable checkpoint ({reason[:120]})") from None
-
-
-def model_weights(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The language model's own state dict out of a Lightning checkpoint."""
-    weights = {
-        key.removeprefix("model."): value
-        for key, value in checkpoint.get("state_dict", {}).items()
-        if key.startswith("model.")
-    }
-    if not weights:
-        raise ValueError(f"{path} holds no model weights")
-    return weights
-
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def load_model(
-    run: RunDir, checkpoint: str = "best", device: str = "cpu", dtype: str = "float32"
-) -> "LanguageModel":
-    """Build a run's model from its frozen config and load its weights, in evaluation mode.
-
-    dtype is what matrices are kept in; vectors, norms, activations and states are float32.
-
-    Raises:
-        FileNotFoundError: if there is no such checkpoint.
-        ValueError: if it is damaged or does not fit the config, or for another dtype.
-    """
-    import torch
-
-    from models.language_model import LanguageModel
-    from models.ops.linear import round_matrices
-
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    config, path = run.config, run.checkpoint(checkpoint)
-    weights = model_weights(read_checkpoint(path), path)
-    with torch.device("meta"):  # no time spent on an initialisation that is overwritten
-        model = make(config.model.net, LanguageModel)
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path} does not fit its config: {' '.join(str(error).split())[:300]}"
-        ) from None
-    return round_matrices(model.float(), getattr(torch, dtype)).to(device).eval()
-
-
-def load_tokenizer(run: RunDir) -> "Tokenizer":
-    """The tokenizer a run was trained with.
-
-    Raises:
-        FileNotFoundError: if the run directory has none.
-        ValueError: if it is damaged.
-    """
-    from experiments.data.tokenizer import Tokenizer
-
-    file = run.path / "tokenizer.json"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} is missing, so text cannot be turned into tokens: convert the checkpoint "
-            "again with tokenizer_file=FILE, or copy that file of a run with the same tokenizer"
-        )
-    return Tokenizer.from_json(file.read_text(encoding="utf-8"))

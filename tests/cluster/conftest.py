@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from experiments.metrics import MetricsFile
-from experiments.run_dir import RunDir, read_checkpoint
+from experiments.run_dir import RunDir
+from experiments.trained_model import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = ("rwkv4_pico", "gpt_pico")

@@ -15,7 +15,8 @@ from hydra import compose, initialize_config_dir
 
 from experiments.entry import CONF_DIR
 from experiments.metrics import MetricsFile
-from experiments.run_dir import RunDir, read_checkpoint
+from experiments.run_dir import RunDir
+from experiments.trained_model import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from experiments.metrics import MetricsFile
-from experiments.run_dir import RunDir, load_model, read_checkpoint
+from experiments.run_dir import RunDir
+from experiments.trained_model import load_model, read_checkpoint
 
 from .conftest import Processes, apart, rows
 

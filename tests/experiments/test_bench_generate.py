@@ -15,7 +15,8 @@ from experiments import bench_generate
 from experiments.bench_generate import generate, lengths, open_model, peak_memory, walk
 from experiments.bench_measure import Report
 from experiments.entry import CONF_DIR
-from experiments.run_dir import RunDir, load_model, write_json
+from experiments.run_dir import RunDir, write_json
+from experiments.trained_model import load_model
 from models.gpt import GPT
 from models.language_model import State
 

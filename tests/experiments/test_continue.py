@@ -14,8 +14,9 @@ from experiments.fit import fit
 from experiments.lit_lm import LitLM
 from experiments.metrics import MetricsFile
 from experiments.optim import Schedule
-from experiments.run_dir import RunDir, read_checkpoint
+from experiments.run_dir import RunDir
 from experiments.targets import make
+from experiments.trained_model import read_checkpoint
 
 
 @pytest.fixture(name="freeze")

@@ -23,7 +23,8 @@ from experiments.convert import convert
 from experiments.data.tokenizer import BytesTokenizer, Tokenizer, read_tokenizer, train_bpe
 from experiments.entry import CONF_DIR
 from experiments.outside import hugging_face_logits, plain_rwkv, rwkv_logits
-from experiments.run_dir import RunDir, find_runs, load_model, read_checkpoint, write_text
+from experiments.run_dir import RunDir, find_runs, write_text
+from experiments.trained_model import load_model, read_checkpoint
 from models.generation import generate
 from models.gpt import GPT
 from models.language_model import LanguageModel

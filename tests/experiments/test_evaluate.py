@@ -17,8 +17,9 @@ from experiments.data.token_data import TokenData
 from experiments.entry import CONF_DIR
 from experiments.evaluate import Evaluation
 from experiments.lm_eval_tasks import Tasks
-from experiments.run_dir import RunDir, load_model, write_json
+from experiments.run_dir import RunDir, write_json
 from experiments.scores import result_file, table
+from experiments.trained_model import load_model
 from models.rwkv4 import RWKV4
 
 NET = {

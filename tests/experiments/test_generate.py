@@ -18,8 +18,9 @@ from experiments.config import plain
 from experiments.data.tokenizer import BytesTokenizer, IdsTokenizer
 from experiments.entry import CONF_DIR, as_typed
 from experiments.generate import AS_TYPED, MANY, generate
-from experiments.run_dir import RunDir, load_model, write_json, write_text
+from experiments.run_dir import RunDir, write_json, write_text
 from experiments.state_file import load_state, save_state
+from experiments.trained_model import load_model
 from models.generation import Past, prefill
 from models.generation import generate as generate_ids
 

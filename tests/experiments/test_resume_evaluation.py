@@ -19,7 +19,8 @@ from experiments.data.tokenizer import JsonTokenizer
 from experiments.entry import CONF_DIR, RunFailed
 from experiments.evaluate import Evaluation
 from experiments.pack import Pack
-from experiments.run_dir import RunDir, load_model, load_tokenizer, write_json
+from experiments.run_dir import RunDir, write_json
+from experiments.trained_model import load_model, load_tokenizer
 from models.gpt import GPT
 
 NET = {

@@ -9,15 +9,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.config import config_difference, config_hash, run_tag
-from experiments.run_dir import (
-    RunDir,
-    find_runs,
-    model_weights,
-    read_checkpoint,
-    write_json,
-    write_text,
-)
+from experiments.run_dir import RunDir, find_runs, write_json, write_text
 from experiments.targets import check_targets
+from experiments.trained_model import model_weights, read_checkpoint
 
 
 def config(runs: Path, **changes: object) -> DictConfig:

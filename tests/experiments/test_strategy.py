@@ -13,9 +13,9 @@ from torch import nn
 from experiments import ranks
 from experiments.entry import CONF_DIR
 from experiments.lit_lm import clip_gradients
-from experiments.run_dir import read_checkpoint
 from experiments.shards import read_shards, rows_of, write_shard
 from experiments.strategy import Sharded, trainer_options
+from experiments.trained_model import read_checkpoint
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {

@@ -22,7 +22,8 @@ from experiments.config import plain
 from experiments.entry import CONF_DIR, RunFailed, one_line
 from experiments.fit import attempt, fit
 from experiments.metrics import MetricsFile, summarise
-from experiments.run_dir import RunDir, load_model, read_checkpoint, write_json
+from experiments.run_dir import RunDir, write_json
+from experiments.trained_model import load_model, read_checkpoint
 from models.language_model import LanguageModel
 
 ROOT = Path(__file__).resolve().parents[2]

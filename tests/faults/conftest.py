@@ -20,7 +20,8 @@ from hydra import compose, initialize_config_dir
 from experiments.entry import CONF_DIR
 from experiments.fit import fit
 from experiments.metrics import MetricsFile
-from experiments.run_dir import RunDir, read_checkpoint
+from experiments.run_dir import RunDir
+from experiments.trained_model import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 N_STEPS, LOG_EVERY, N_VALIDATIONS = 24, 5, 4

@@ -22,7 +22,7 @@ from experiments.checkpoint_files import (
     to_go_on_from,
 )
 from experiments.checksums import CHECKSUMS, digest, is_whole
-from experiments.run_dir import read_checkpoint
+from experiments.trained_model import read_checkpoint
 
 
 def save(folder: Path, number: int) -> None:

@@ -18,8 +18,9 @@ from experiments.checkpoints import Checkpoints, rng_state, set_rng_state
 from experiments.fit import fit
 from experiments.lit_lm import LitLM
 from experiments.metrics import MetricsFile
-from experiments.run_dir import RunDir, read_checkpoint
+from experiments.run_dir import RunDir
 from experiments.signals import StopRequest
+from experiments.trained_model import read_checkpoint
 
 Freeze = Callable[..., RunDir]
 Undisturbed = Callable[[str], tuple[RunDir, float]]

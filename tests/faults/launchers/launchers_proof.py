@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from experiments.metrics import MetricsFile
-from experiments.run_dir import read_checkpoint
+from experiments.trained_model import read_checkpoint
 
 FAKE = Path(__file__).resolve().parents[2] / "experiments" / "fake_fit.py"
 REAL = Path(__file__).with_name("counted_fit.py")
