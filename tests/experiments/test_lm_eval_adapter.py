@@ -12,7 +12,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import nn
 
 from experiments.data.tokenizer import BytesTokenizer, JsonTokenizer, Tokenizer
-from experiments.lm_eval_adapter import GenerationOptions, LanguageModelLM
+from experiments.lm_eval_adapter import LanguageModelLM
+from experiments.lm_eval_options import GenerationOptions
 from experiments.scoring import Scorer
 from models.gpt import GPT
 from models.language_model import LanguageModel
