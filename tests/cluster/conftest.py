@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.metrics import MetricsFile
 from experiments.run_dir import RunDir
 from experiments.trained_model import read_checkpoint
+
+from ..small_runs import rows
 
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = ("rwkv4_pico", "gpt_pico")
@@ -77,15 +78,6 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 600) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.2)
-
-
-def rows(run: RunDir) -> list[dict[str, str]]:
-    """metrics.csv without what a clock or a memory meter decides."""
-    table = MetricsFile(run.path / "metrics.csv").rows()
-    return [
-        {k: v for k, v in row.items() if not k.startswith("perf/") and k != "time_s"}
-        for row in table
-    ]
 
 
 def assert_same(runs: list[RunDir], undisturbed: list[RunDir]) -> None:

@@ -14,7 +14,6 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments.entry import CONF_DIR
-from experiments.metrics import MetricsFile
 from experiments.run_dir import RunDir
 from experiments.trained_model import read_checkpoint
 
@@ -85,15 +84,6 @@ def apart(a: RunDir, b: RunDir, key_biases: bool = True) -> float:
         squares += float(difference.sum())
         total += float(weight.double().square().sum())
     return math.sqrt(squares / total)
-
-
-def rows(run: RunDir) -> list[dict[str, str]]:
-    """metrics.csv without what a clock or a memory meter decides."""
-    table = MetricsFile(run.path / "metrics.csv").rows()
-    return [
-        {k: v for k, v in row.items() if not k.startswith("perf/") and k != "time_s"}
-        for row in table
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import pytest
 
 from experiments.run_dir import RunDir
 
-from .conftest import ROOT, Processes, apart, rows
+from ..small_runs import rows
+from .conftest import ROOT, Processes, apart
 
 FAMILIES = ["rwkv4_nano", "gpt_nano"]
 STRATEGIES = ["ddp", "fsdp"]

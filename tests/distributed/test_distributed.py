@@ -9,7 +9,8 @@ from experiments.metrics import MetricsFile
 from experiments.run_dir import RunDir
 from experiments.trained_model import load_model, read_checkpoint
 
-from .conftest import Processes, apart, rows
+from ..small_runs import rows
+from .conftest import Processes, apart
 
 SMALL = [
     "batch_size=8",

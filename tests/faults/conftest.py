@@ -23,6 +23,8 @@ from experiments.metrics import MetricsFile
 from experiments.run_dir import RunDir
 from experiments.trained_model import read_checkpoint
 
+from ..small_runs import rows
+
 ROOT = Path(__file__).resolve().parents[2]
 N_STEPS, LOG_EVERY, N_VALIDATIONS = 24, 5, 4
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -192,7 +194,7 @@ def assert_same(whole: RunDir, run: RunDir) -> None:
         assert a["global_step"] == b["global_step"]
         for key in ("state_dict", "optimizer_states", "lr_schedulers"):
             assert_equal(a[key], b[key])
-    assert untimed(whole.path) == untimed(run.path)
+    assert rows(whole) == rows(run)
     table = MetricsFile(run.path / "metrics.csv").rows()
     steps = [int(row["step"]) for row in table if row["train/loss"]]
     assert steps == [n for n in range(1, N_STEPS + 1) if n % LOG_EVERY == 0 or n == N_STEPS]
@@ -204,14 +206,6 @@ def assert_same(whole: RunDir, run: RunDir) -> None:
     expected = {p.name for p in whole.path.rglob("*")} | {"log.txt", ".lock"}
     left = {p.name for p in run.path.rglob("*") if not p.name.startswith(".claim.")}
     assert left <= expected
-
-
-def untimed(path: Path) -> list[dict[str, str]]:
-    """metrics.csv without what a clock or a memory meter decides."""
-    return [
-        {k: v for k, v in row.items() if not k.startswith("perf/") and k != "time_s"}
-        for row in MetricsFile(path / "metrics.csv").rows()
-    ]
 
 
 def assert_equal(a: Any, b: Any) -> None:

@@ -1,0 +1,84 @@
+"""The train command in processes of its own: a sweep, kill -9, errors of one line."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.run_dir import RunDir
+
+from ...small_runs import ROOT, command, rows, same, weights
+
+
+@pytest.mark.slow
+def test_sweep_skips_what_is_done_and_lists_what_failed(tmp_path: Path, text: Path) -> None:
+    sweep = command(tmp_path, text, "model=rwkv4_nano,gpt_nano", "ctx_len=64,100000", "-m")
+    done = subprocess.run(sweep, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2  # how many failed
+    assert "2 trained, 0 finished before, 2 failed" in done.stdout
+    assert done.stderr.count("failed: ") == 2
+    assert "Traceback" not in done.stderr
+    results = sorted((tmp_path / "runs" / "debug").glob("*/*/result.json"))
+    assert len(results) == 2
+    assert not list((tmp_path / "runs").glob("*/*/*100000*"))  # bad input leaves nothing
+    before = [path.stat().st_mtime_ns for path in results]
+    again = subprocess.run(
+        command(tmp_path, text, "model=rwkv4_nano,gpt_nano", "ctx_len=64", "-m"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 0, again.stderr
+    assert "0 trained, 2 finished before, 0 failed" in again.stdout
+    assert before == [path.stat().st_mtime_ns for path in results]
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_then_the_same_command(tmp_path: Path, text: Path) -> None:
+    overrides = ["model=rwkv4_nano", "budget_tokens=51200", "checkpoint_every_min=0.000001"]
+    args = command(tmp_path, text, *overrides)
+    child = subprocess.Popen(args, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    metrics: list[Path] = []
+    while not metrics or metrics[0].read_text().count("\n") < 20:
+        assert time.monotonic() < deadline
+        assert child.poll() is None
+        time.sleep(0.05)
+        metrics = list((tmp_path / "runs").glob("*/*/*/metrics.csv"))
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    again = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    killed = RunDir(metrics[0].parent)
+    straight = subprocess.run(
+        [a.replace(str(tmp_path / "runs"), str(tmp_path / "straight")) for a in args], cwd=ROOT
+    )
+    assert straight.returncode == 0
+    other = RunDir(next((tmp_path / "straight").glob("*/*/*")))
+    assert rows(killed) == rows(other)
+    assert same(weights(killed), weights(other))
+
+
+@pytest.mark.slow
+def test_command_line_errors_are_one_line(tmp_path: Path, text: Path) -> None:
+    for overrides in (
+        ["modell=x"],
+        ["model=rwkv5"],
+        ["nosuch=1"],
+        ["budget_tokens=1"],
+        ["backprop=truncated"],
+        ["model.net.wkv_backend=cuda"],  # not on a CPU
+        ["model.net.wkv_backend=cpu", "model=gpt_nano"],
+    ):
+        done = subprocess.run(
+            command(tmp_path, text, *overrides), cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 2, (overrides, done.stderr)
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs" / "debug").exists() or not list(
+        (tmp_path / "runs" / "debug").glob("*/*")
+    )
