@@ -17,30 +17,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 
 from experiments import loggers
-from experiments.entry import RunFailed
 from experiments.loggers import Loggers, make_loggers
 from experiments.metrics import MetricsFile
-from experiments.relog import relog
-from experiments.run_dir import RunDir, write_json
+from experiments.run_dir import RunDir
+
+from .conftest import Series, StandIn, approx, of_tensorboard, wanted
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "tensorboard": {},
     "wandb": {"project": "p", "group": "s", "entity": None, "tags": None},
     "mlflow": {"experiment_name": "s"},
 }
-Series = dict[str, list[tuple[int, float]]]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    path = tmp_path / "runs" / "s" / "m" / "seed=0"
-    path.mkdir(parents=True)
-    OmegaConf.save({"suite": "s", "seed": 0, "optim": {"betas": [0.9, 0.95]}}, path / "config.yaml")
-    write_json(path / "manifest.json", {"created": "2020-01-01T00:00:00+00:00"})
-    return RunDir(path)
 
 
 def start(run: RunDir, name: str) -> Loggers:
@@ -58,21 +45,6 @@ def train(made: Loggers, metrics: MetricsFile, first: int, last: int) -> None:
         for row in rows:
             metrics.append(row)
             made.log_metrics(row, step=step)
-
-
-def wanted(metrics: MetricsFile) -> Series:
-    names = ("lr", "train/loss", "val/loss", "val/bpb")  # each once a step
-    return {name: metrics.column(name) for name in names}
-
-
-def of_tensorboard(run: RunDir) -> tuple[str, Series]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run.path / "tensorboard"), {"scalars": 0})
-    events.Reload()
-    keys = [key for key in events.Tags()["scalars"] if key != "hp_metric"]
-    series = {key: [(e.step, e.value) for e in events.Scalars(key)] for key in keys}
-    return str(run.path / "tensorboard"), series
 
 
 def wandb_records(path: Path) -> list[Any]:
@@ -127,68 +99,6 @@ def of_mlflow(run: RunDir) -> tuple[str, Series]:
     return found.info.run_id, series
 
 
-class StandIn:
-    """What we use of MlflowClient, in memory; as strict as MLflow about parameters."""
-
-    experiments: dict[str, str] = {}  # noqa: RUF012
-    runs: dict[str, Any] = {}  # noqa: RUF012
-
-    def __init__(self, uri: str) -> None:
-        pass
-
-    def get_experiment_by_name(self, name: str) -> Any:
-        known = name in self.experiments
-        return SimpleNamespace(experiment_id=self.experiments[name]) if known else None
-
-    def create_experiment(self, name: str) -> str:
-        assert name not in self.experiments
-        return self.experiments.setdefault(name, f"e{len(self.experiments)}")
-
-    def create_run(self, experiment: str, tags: dict[str, str], run_name: str) -> Any:
-        info = SimpleNamespace(run_id=f"r{len(self.runs)}", status="RUNNING")
-        data = SimpleNamespace(params={}, metrics={}, tags=tags, history={})
-        return self.runs.setdefault(info.run_id, SimpleNamespace(info=info, data=data))
-
-    def search_runs(self, experiments: list[str], wanted: str = "") -> list[Any]:
-        _, _, value = wanted.partition(" = ")
-        value = value.strip("'")
-        return [run for run in self.runs.values() if value in ("", *run.data.tags.values())]
-
-    def update_run(self, run_id: str, status: str) -> None:
-        self.runs[run_id].info.status = status
-
-    set_terminated = update_run
-
-    def log_batch(self, run_id: str, metrics: Any = (), params: Any = ()) -> None:
-        data = self.runs[run_id].data
-        assert len(params) <= 100
-        for param in params:
-            assert data.params.setdefault(param.key, param.value) == param.value
-        for metric in metrics:
-            data.metrics[metric.key] = metric.value
-            data.history.setdefault(metric.key, []).append(metric)
-
-    def get_metric_history(self, run_id: str, key: str) -> list[Any]:
-        return self.runs[run_id].data.history[key]
-
-
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
-    entities, tracking = ModuleType("mlflow.entities"), ModuleType("mlflow.tracking")
-    entities.Param = lambda k, v: SimpleNamespace(key=k, value=v)  # type: ignore[attr-defined]
-    entities.Metric = lambda k, v, t, s: SimpleNamespace(  # type: ignore[attr-defined]
-        key=k, value=v, timestamp=t, step=s
-    )
-    tracking.MlflowClient = StandIn  # type: ignore[attr-defined]
-    package = ModuleType("mlflow")
-    package.__spec__ = importlib.util.spec_from_loader("mlflow", None)
-    for module in (package, entities, tracking):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(StandIn, "experiments", {})
-    monkeypatch.setattr(StandIn, "runs", {})
-    return StandIn
-
-
 def killed(work: Callable[[], None]) -> None:
     """Do it in a process of its own that SIGKILL ends."""
     child = os.fork()
@@ -227,14 +137,6 @@ def survives(
     identity, series = read(run)
     assert identity == first[0]
     assert {k: v for k, v in series.items() if k in wanted(saved)} == approx(wanted(saved))
-
-
-def approx(series: Series) -> Any:
-    """Steps exactly, values as float32 keeps them."""
-    return {
-        key: [(step, pytest.approx(value, rel=1e-6)) for step, value in points]
-        for key, points in series.items()
-    }
 
 
 def test_tensorboard_holds_what_metrics_csv_holds(run: RunDir) -> None:
@@ -372,88 +274,3 @@ def test_a_package_that_is_missing_is_named_before_training(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[wandb\]'"):
         start(run, "wandb")
-
-
-def test_a_run_that_is_stopped_and_goes_on_is_logged_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: type[StandIn]
-) -> None:
-    """Through the trainer: stopped by a signal at step 8 and killed at step 13 of 20."""
-    from hydra import compose, initialize_config_dir
-
-    from experiments.entry import CONF_DIR
-    from experiments.fit import fit
-
-    (tmp_path / "a.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(900)))
-    given = ["data=text", "debug=smoke", "trainer=cpu", "model=rwkv4_pico", "logger=tensorboard"]
-    given += [f"data.source.paths={tmp_path / 'a.txt'}", "data.val_tokens=300", "suite=s"]
-    given += [f"paths.{name}={tmp_path / name}" for name in ("runs", "data")]
-    given += ["checkpoint_every_min=0.0001", "+logger.mlflow.experiment_name=s"]
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        run = RunDir.freeze(compose("train", overrides=given), [])
-    append = MetricsFile.append
-
-    def disturbed(self: MetricsFile, row: dict[str, Any]) -> None:
-        append(self, row)
-        if row["step"] == 8 and not self.path.with_name("once").exists():
-            self.path.with_name("once").touch()
-            os.kill(os.getpid(), signal.SIGTERM)
-        if row["step"] == 13 and not self.path.with_name("twice").exists():
-            self.path.with_name("twice").touch()
-            raise MemoryError  # nothing is saved any more
-
-    monkeypatch.setattr(MetricsFile, "append", disturbed)
-    with pytest.raises(SystemExit) as stopped:
-        fit(run)
-    assert stopped.value.code == 143
-    assert [one.info.status for one in stand_in.runs.values()] == ["KILLED"]
-    with pytest.raises(MemoryError):
-        fit(run)
-    fit(run)
-    expected = wanted(MetricsFile(run.path / "metrics.csv"))
-    assert [step for step, _ in expected["train/loss"]] == list(range(1, 21))
-    for read in (of_tensorboard, of_mlflow_of_a_run):
-        series = read(run)[1]
-        assert {k: v for k, v in series.items() if k in expected} == approx(expected)
-
-
-def of_mlflow_of_a_run(run: RunDir) -> tuple[str, Series]:
-    (one,) = StandIn.runs.values()
-    assert one.info.status == "FINISHED"
-    return one.info.run_id, {
-        key: [(metric.step, metric.value) for metric in points]
-        for key, points in one.data.history.items()
-    }
-
-
-def test_loggers_are_filled_after_training(
-    run: RunDir, capsys: pytest.CaptureFixture[str], stand_in: type[StandIn]
-) -> None:
-    metrics = MetricsFile(run.path / "metrics.csv")
-    metrics.rewind(0)
-    for step in (10, 20):
-        metrics.append({"step": step, "tokens": 64 * step, "time_s": 1.0, "train/loss": 1 / step})
-    cfg = OmegaConf.create(
-        {"run": str(run.path), "suite": None, "logger": {"mlflow": {"experiment_name": "${suite}"}}}
-    )
-    for _ in range(2):
-        relog(cfg)
-        assert of_mlflow_of_a_run(run)[1]["train/loss"] == [(10, 0.1), (20, 0.05)]
-    assert capsys.readouterr().out.count("logged") == 2
-    assert list(stand_in.experiments) == ["s"]
-    with pytest.raises(ValueError, match="say where to log"):
-        relog(OmegaConf.create({"run": str(run.path), "suite": None, "logger": {}}))
-
-
-def test_a_logger_that_cannot_be_filled_is_a_failure(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Down(loggers.TensorBoard):
-        def open(self) -> None:
-            raise ConnectionError("no network")
-
-    monkeypatch.setitem(loggers.SERVICES, "tensorboard", Down)
-    MetricsFile(run.path / "metrics.csv").rewind(0)
-    settings = {"run": str(run.path), "suite": None, "logger": {"tensorboard": {}}}
-    with pytest.raises(RunFailed, match="not logged"):
-        relog(OmegaConf.create(settings))
-    assert "no network" in capsys.readouterr().err
