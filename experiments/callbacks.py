@@ -87,6 +87,10 @@ class RunLog(Callback):
         trainer.strategy.barrier()  # the other ranks read it too
         self.clock = time.perf_counter()
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.clock is None and trainer.is_global_zero:  # nothing was left to train
+            self.metrics.rewind(trainer.global_step)
+
     def on_train_batch_end(
         self,
         trainer: L.Trainer,

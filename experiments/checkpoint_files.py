@@ -9,7 +9,9 @@ import hashlib
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,20 @@ def write(checkpoint: dict[str, Any], path: Path) -> str:
     return file.sha256.hexdigest()
 
 
+@contextmanager
+def saving(target: Path) -> Iterator[None]:
+    """Within it, what keeps a checkpoint from being written is an OSError with its name."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError):
+            raise OSError(
+                cause.errno, f"cannot save {target} ({cause.strerror}); what was saved is kept"
+            ) from None
+        raise
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's way to files, through `put`: a kill or a full disk leaves what was there."""
 
@@ -65,17 +81,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         new = target.with_name(f".{target.name}.{os.getpid()}")
         try:
-            try:
-                self._write(checkpoint, new, target)
-            except FileNotFoundError:  # somebody removed the folder meanwhile
-                self._write(checkpoint, new, target)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            cause = error if isinstance(error, OSError) else error.__context__
-            if isinstance(cause, OSError):
-                raise OSError(
-                    cause.errno, f"cannot save {target} ({cause.strerror}); what was saved is kept"
-                ) from None
-            raise
+            with saving(target):
+                try:
+                    self._write(checkpoint, new, target)
+                except FileNotFoundError:  # somebody removed the folder meanwhile
+                    self._write(checkpoint, new, target)
         finally:
             remove(new)
 

@@ -75,13 +75,13 @@ class Checkpoints(Callback):
         # from the file, rewound to the step at hand: it and best.ckpt can never disagree
         losses = self.run_log.metrics.column("val/loss")
         self.best_loss = min((loss for _, loss in losses), default=math.inf)
+        if len(self.restored_rng) == trainer.world_size:
+            set_rng_state(self.restored_rng[trainer.global_rank])
         if self.unvalidated:
             self.validate(trainer, pl_module)
         elif losses and losses[-1] == (trainer.global_step, self.best_loss):
             assert trainer.ckpt_path is not None
             self.copy_best(trainer, Path(trainer.ckpt_path))  # killed between the two files?
-        if len(self.restored_rng) == trainer.world_size:
-            set_rng_state(self.restored_rng[trainer.global_rank])
 
     def validate(self, trainer: L.Trainer, module: LitLM) -> None:
         """Do the validation that was due when the run was stopped."""

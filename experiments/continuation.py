@@ -41,8 +41,8 @@ def starting_point(run: RunDir, is_global_zero: bool) -> Path | None:
         ValueError: if there is one, but damaged; or as `continued_run`.
     """
     own = to_go_on_from(run.path / "checkpoints")
-    before = continued_run(run)
-    if own is not None or before is None:
+    before = None if own else continued_run(run)
+    if before is None:
         return own
     last = before.checkpoint("last")
     check(last)

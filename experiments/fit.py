@@ -4,6 +4,11 @@
 Nothing but the frozen config decides what happens here.
 """
 
+import signal
+
+if __name__ == "__main__":  # imports take seconds: Ctrl-C in them ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import logging
 import sys
 import traceback

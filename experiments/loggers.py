@@ -70,7 +70,8 @@ class WandB:
     """A run of Weights & Biases, of the same id in every start.
 
     Offline, the newest folder in ``wandb/`` holds all of the run, and `wandb sync` finds no other:
-    folders of earlier starts go to ``wandb/superseded/``. Online, W&B takes each step once.
+    folders of earlier starts go to ``wandb/superseded/``. Online, W&B takes each step once: of one
+    where a run was stopped before its validation it has the training row alone.
     """
 
     PACKAGE, KEYS = "wandb", ("project", "entity", "group", "job_type", "tags", "notes")

@@ -68,7 +68,9 @@ def manifest(
         peak, source = earlier["device"]["peak_flops"], earlier["device"]["peak_source"]
     else:
         peak, source = peak_flops(device, cfg.precision)
-    before = continued_run(run)
+    continued = earlier.get("continued")
+    if not earlier and (before := continued_run(run)):  # it may be gone at a later start
+        continued = {"run": before.name, "step": step_of(before)}
     kept = ("name", "vocab_size", "n_train_tokens", "n_val_tokens", "n_val_bytes", "xz_bpb")
     return {
         "suite": cfg.suite,
@@ -92,7 +94,7 @@ def manifest(
         "ctx_len": cfg.ctx_len,
         "batch_size": cfg.batch_size,
         "budget_tokens": total_budget(cfg),
-        **({"continued": {"run": before.name, "step": step_of(before)}} if before else {}),
+        **({"continued": continued} if continued else {}),
         "flops_per_token": model.flops_per_token(cfg.ctx_len),
         "recipe": {"optim": cfg.optim.name, "schedule": cfg.schedule.name},
         "precision": cfg.precision,

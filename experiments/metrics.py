@@ -70,7 +70,9 @@ class MetricsFile:
 
     def rows(self) -> list[dict[str, str]]:
         """Complete rows of the file, as text."""
-        return parse(self.path.read_text(encoding="utf-8")) if self.path.is_file() else []
+        if not self.path.is_file():
+            return []
+        return parse(self.path.read_text(encoding="utf-8", errors="replace"))  # may be damaged
 
     def column(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of every row where ``name`` was measured."""
@@ -96,7 +98,7 @@ def summarise(metrics: MetricsFile, flops_per_token: int) -> dict[str, Any]:
     speeds = [value for _, value in metrics.column("perf/tokens_per_s")]
     utilisations = [value for _, value in metrics.column("perf/mfu")]
     peaks = [value for _, value in metrics.column("perf/peak_mem_bytes")]
-    if losses[-1][0] != int(rows[-1]["step"]):
+    if not train or not losses or losses[-1][0] != int(rows[-1]["step"]):
         raise ValueError(f"{metrics.path} has no validation of its last step: train it again")
     best_step, best_loss = min(losses, key=lambda pair: pair[1])
     tokens = int(rows[-1]["tokens"])

@@ -8,6 +8,7 @@ import sys
 
 from omegaconf import DictConfig
 
+from experiments.claim import RunLocked
 from experiments.config import plain
 from experiments.entry import RunFailed, as_typed, entry
 from experiments.run_dir import find_runs
@@ -32,9 +33,14 @@ def relog(cfg: DictConfig) -> None:
         loggers = make_loggers(cfg, run)
         if loggers is None:
             raise ValueError("say where to log: logger=tensorboard, logger=wandb or logger=mlflow")
-        with run.claim():
-            loggers.log_metrics({})
-            loggers.finalize("success")
+        try:
+            with run.claim():
+                loggers.log_metrics({})
+                loggers.finalize("success" if run.finished else "failed")
+        except RunLocked as error:
+            print(f"error: {error}: it logs by itself", file=sys.stderr)
+            failed.append(str(run.path))
+            continue
         told = [follower.name for follower in loggers.followers if follower.told]
         failed += [f"{run.path} ({name})" for name in told]
         if not told:

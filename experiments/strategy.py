@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
 from experiments import ranks
-from experiments.checkpoint_files import put, remove
+from experiments.checkpoint_files import put, remove, saving
 from experiments.checksums import folder_digest
 from experiments.config import plain
 from experiments.shards import SHARDED, map_tensors, read_shards, rows_of, write_shard
@@ -128,7 +128,9 @@ class Sharded(ModelParallelStrategy):
             remove(new)  # of a process killed while it saved
             new.mkdir(parents=True)
         self.barrier()
-        digests = ranks.gather(write_shard(checkpoint, new, self.global_rank, self.world_size))
+        with saving(target):
+            written = write_shard(checkpoint, new, self.global_rank, self.world_size)
+        digests = ranks.gather(written)
         if self.is_global_zero:
             put(new, target, folder_digest(dict(digests)))
 

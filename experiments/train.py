@@ -31,7 +31,7 @@ def train(run: RunDir) -> int:
         return 0
     with Stops() as stops:
         (outcome,) = Pool([run], [{}], False, stops).train()
-    if outcome.exit_code == 2 and not run.manifest:
+    if outcome.exit_code == 2 and not run.manifest and not run.has_training:
         shutil.rmtree(run.path)  # bad input, nothing trained: leave nothing behind
         with contextlib.suppress(OSError):  # nor an empty folder of this model
             run.path.parent.rmdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import lightning
@@ -9,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from experiments.data.token_data import MicroBatches, TokenData, TrainWindows, ValWindows
+from experiments.signals import CODES
 
 
 class TokenDataModule(lightning.pytorch.LightningDataModule):
@@ -74,5 +76,12 @@ class TokenDataModule(lightning.pytorch.LightningDataModule):
             batch_sampler=batches,
             num_workers=self.num_workers,
             generator=torch.Generator(),  # it would take its workers' seed from the run's own
+            worker_init_fn=leave_signals_to_the_run,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """In a worker: ignore what asks the run to stop, if all of its processes are told."""
+    for number in CODES:
+        signal.signal(number, signal.SIG_IGN)

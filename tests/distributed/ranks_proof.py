@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -133,10 +134,16 @@ def test_torchrun_starts_them_and_again(processes: Processes, expected: RunDir) 
     assert found(processes, "torchrun").checkpoint("last").stat().st_mtime_ns == before
 
 
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
 def test_torchrun_on_two_nodes(processes: Processes, expected: RunDir) -> None:
     given = processes.overrides("nodes", "model=rwkv4_nano", "trainer=ddp", *SMALL)
     where = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
-    where += ["--rdzv-id", "1", "--rdzv-endpoint", "127.0.0.1:29507"]
+    where += ["--rdzv-id", "1", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     nodes = [call(processes, [*TORCHRUN, *where, *TRAIN, *given]) for _ in range(2)]
     assert [node.wait(300) for node in nodes] == [0, 0]
     run = found(processes, "nodes")

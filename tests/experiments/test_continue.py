@@ -98,6 +98,13 @@ def test_a_finished_run_goes_on_to_a_larger_budget(
     assert read_checkpoint(run.checkpoint("last"))["global_step"] == 32
     best = read_checkpoint(run.checkpoint("best"))["global_step"]
     assert best == result["best"]["step"]
+    # once begun it needs the first one no more
+    assert run.result is not None
+    (run.path / "result.json").unlink()
+    first.path.rename(first.path.with_name("elsewhere"))
+    fit(RunDir(run.path))
+    assert run.result == result
+    assert run.manifest["continued"] == {"run": first.name, "step": 16}
     # sample n of the run is the same whatever its budget
     whole = freeze(f"model={model}", "budget_tokens=4096")
     later: list[torch.Tensor] = []

@@ -145,6 +145,7 @@ def kill(
         draw, counts, n_done = random.Random(f"{model}/{n_kills}"), Counter[str](), 0
         places = ["any time", *AIMS, "any time"]
         while n_done < n_kills:
+            assert counts["trainings"] < 10 + n_kills, f"no kill arrives any more: {counts}"
             run = freeze(tmp_path_factory.mktemp("killed"), model=model)
             counts["trainings"] += 1
             while not run.finished:

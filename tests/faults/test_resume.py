@@ -124,7 +124,8 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
 def test_a_model_that_draws_random_numbers_resumes_exactly(
     freeze: Freeze, same_end: SameEnd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It draws from all three generators; killed before its first save, and after some."""
+    """It draws from all three generators; killed before its first save, and after some; stopped in
+    a validation, and again in the same one."""
     original = LitLM.training_step
 
     def drawing(self: LitLM, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -140,8 +141,19 @@ def test_a_model_that_draws_random_numbers_resumes_exactly(
             with pytest.raises(Killed):
                 fit(RunDir(run.path))
         assert (run.path / "checkpoints" / "last.ckpt").is_file() == (kill_at > 1)
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            before(patch, LitLM, "validation_step", stop_at_12)
+            with pytest.raises(SystemExit):
+                fit(RunDir(run.path))
+        assert read_checkpoint(run.checkpoint("last"))["global_step"] == 12
     fit(RunDir(run.path))
     same_end(whole, run)
+
+
+def stop_at_12(module: LitLM) -> None:
+    if module.trainer.global_step == 12:
+        os.kill(os.getpid(), signal.SIGUSR2)
 
 
 def kill_in(step: int) -> Callable[[LitLM], None]:
@@ -252,6 +264,17 @@ def test_a_damaged_checkpoint_and_metrics_file_cost_no_more_than_some_steps(
     fit(RunDir(run.path))
     assert "warning: " in capsys.readouterr().err
     (run.path / "checkpoints" / "damaged.ckpt").unlink()
+    same_end(undisturbed("rwkv4_pico")[0], run)
+
+
+def test_metrics_lost_after_the_last_step_come_back(
+    freeze: Freeze, undisturbed: Undisturbed, same_end: SameEnd, tmp_path: Path
+) -> None:
+    run = freeze(tmp_path)
+    fit(run)
+    for name in ("metrics.csv", "result.json"):
+        (run.path / name).unlink()
+    fit(RunDir(run.path))
     same_end(undisturbed("rwkv4_pico")[0], run)
 
 

@@ -78,10 +78,17 @@ def test_loggers_are_filled_after_training(
     cfg = OmegaConf.create(
         {"run": str(run.path), "suite": None, "logger": {"mlflow": {"experiment_name": "${suite}"}}}
     )
+    relog(cfg)
+    assert [one.info.status for one in stand_in.runs.values()] == ["FAILED"]  # not at its end yet
+    (run.path / "result.json").write_text("{}")
+    with run.claim(), pytest.raises(RunFailed, match=f"not logged.*{run.path}"):
+        relog(cfg)
     for _ in range(2):
         relog(cfg)
         assert of_mlflow_of_a_run(run)[1]["train/loss"] == [(10, 0.1), (20, 0.05)]
-    assert capsys.readouterr().out.count("logged") == 2
+    printed = capsys.readouterr()
+    assert printed.out.count("logged") == 3
+    assert "another process is training" in printed.err
     assert list(stand_in.experiments) == ["s"]
     with pytest.raises(ValueError, match="say where to log"):
         relog(OmegaConf.create({"run": str(run.path), "suite": None, "logger": {}}))

@@ -31,6 +31,9 @@ def test_metrics_rewind_drops_what_is_trained_again_and_a_cut_line(tmp_path: Pat
     with open(metrics.path, "a") as file:
         file.write("6,6,0.1,1e-")
     assert [row["step"] for row in metrics.rows()] == list("12345")
+    assert MetricsFile(tmp_path / "none").rows() == []
+    (tmp_path / "damaged").write_bytes(b"\xff\xfe\x00")
+    assert MetricsFile(tmp_path / "damaged").rows() == []
     metrics.rewind(3)
     metrics.append({"step": 4, "tokens": 4, "val/loss": 2.0})
     with open(metrics.path, newline="") as file:

@@ -3,14 +3,16 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from experiments.run_dir import RunDir
+from experiments.train import train
 
-from ...small_runs import ROOT, command, rows, same, weights
+from ...small_runs import ROOT, command, freeze_in, rows, same, weights
 
 
 @pytest.mark.slow
@@ -82,3 +84,47 @@ def test_command_line_errors_are_one_line(tmp_path: Path, text: Path) -> None:
     assert not (tmp_path / "runs" / "debug").exists() or not list(
         (tmp_path / "runs" / "debug").glob("*/*")
     )
+
+
+@pytest.mark.slow
+def test_signals_to_all_processes_of_a_run_with_workers(tmp_path: Path, text: Path) -> None:
+    """As a terminal, torchrun or srun send them; and one that comes while modules are imported."""
+    run = freeze_in(tmp_path / "runs", text, "num_workers=2", "budget_tokens=1e8")
+    fit = [sys.executable, "-m", "experiments.fit", str(run.path)]
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            fit, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    child = start()
+    time.sleep(0.7)
+    child.send_signal(signal.SIGINT)
+    assert "Traceback" not in child.communicate(timeout=120)[1]
+    assert child.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
+    n_rows = 0
+    for number, code in ((signal.SIGUSR1, 75), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        child = start()
+        deadline = time.monotonic() + 120
+        while len(rows(run)) < n_rows + 3:
+            assert time.monotonic() < deadline
+            assert child.poll() is None
+            time.sleep(0.05)
+        os.killpg(child.pid, number)
+        assert "saved; the same command goes on" in child.communicate(timeout=120)[1]
+        assert child.returncode == code
+        n_rows = len(rows(run))
+
+
+@pytest.mark.slow
+def test_bad_input_removes_no_training(tmp_path: Path, text: Path) -> None:
+    run = freeze_in(tmp_path / "runs", text, "ctx_len=100000")  # longer than the text
+    last = run.path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    last.touch()
+    assert train(run) == 2
+    assert last.exists()
+    last.unlink()
+    assert train(run) == 2
+    assert not run.path.exists()
