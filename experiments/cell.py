@@ -41,9 +41,11 @@ def train_cell(run: RunDir) -> Outcome:
     if run.finished:
         return Outcome(str(run.path), "skipped")
     try:
-        claim = Claim.take(run.path, training=False)
+        claim = run.claim(training=False)
     except RunLocked as error:
         return Outcome(str(run.path), "elsewhere", str(error))
+    except (OSError, ValueError) as error:  # ValueError: a link out of the directory
+        return Outcome(str(run.path), "failed", one_line(error), 1)
     with Stops() as stops:
         child = Child(run, claim)
         stops.add(child)

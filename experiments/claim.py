@@ -51,8 +51,11 @@ class Holder:
 
 
 def this_machine() -> str:
-    """A name of this machine that no other has; it outlives a restart."""
-    return f"{platform.node()}/{uuid.getnode():012x}"
+    """A name of this machine that no other has, the same for all processes."""
+    number = uuid.getnode()
+    if number >> 40 & 1 and (boot := Path("/proc/sys/kernel/random/boot_id")).is_file():
+        return f"{platform.node()}/{boot.read_text().strip()}"  # no network: it was made up
+    return f"{platform.node()}/{number:012x}"
 
 
 def newest(folder: Path) -> Holder | None:

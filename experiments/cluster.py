@@ -76,7 +76,8 @@ class Job:
 
             number = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
             signal.getsignal(number)(number, None)  # type: ignore[operator, misc]
-        (RunDir(self.path).path / "queued.json").unlink(missing_ok=True)
+        if outcome.status != "elsewhere":  # else it may be another job's
+            (RunDir(self.path).path / "queued.json").unlink(missing_ok=True)
         if outcome.exit_code:
             sys.exit(outcome.exit_code)
 

@@ -105,6 +105,16 @@ def check_config(cfg: DictConfig) -> None:
         )
 
 
+def check_launch(config: DictConfig) -> None:
+    """Raise ValueError for settings that no launch could go by."""
+    jobs = config.jobs
+    if jobs != "auto" and (not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1):
+        raise ValueError(f"jobs is {jobs!r}: it must be a whole number from 1, or auto")
+    for key in ("fail_fast", "dry_run"):
+        if not isinstance(config[key], bool):
+            raise ValueError(f"{key} is {config[key]!r}: it must be true or false")
+
+
 def continues(cfg: DictConfig) -> bool:
     """Whether a run goes on where a finished one ended."""
     return cfg.get("continue_to") is not None  # runs of earlier versions have no such key

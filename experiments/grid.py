@@ -11,7 +11,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.config import LAUNCH_KEYS, check_config
+from experiments.config import LAUNCH_KEYS, check_config, flatten
 from experiments.run_dir import RunDir, write_text
 
 HERE = Path(__file__).parent
@@ -67,6 +67,17 @@ def locate(config: DictConfig, overrides: Sequence[str]) -> tuple[Path, dict[str
         config.data.vocab_size = TokenData.open(prepare(config.data)).vocab_size
     check_config(config)
     return RunDir.locate(config, overrides)
+
+
+def check_same(path: Path, one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Raise ValueError if two cells with one run directory do not have one config."""
+    a, b = flatten(one), flatten(other)
+    keys = sorted(key for key in {*a, *b} if a.get(key) != b.get(key))
+    if keys:
+        raise ValueError(
+            f"another cell of this sweep has the directory {path} too; they differ in "
+            f"{', '.join(keys)}, which no directory is named by: take a suite= for each value"
+        )
 
 
 class Remembered:

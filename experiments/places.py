@@ -21,10 +21,8 @@ def places(jobs: int | str, trainer: DictConfig) -> list[Place]:
         trainer: the cells' conf/trainer, which says what a cell needs.
 
     Raises:
-        ValueError: for another `jobs`, or if a cell needs more than there is.
+        ValueError: if a cell needs more than there is.
     """
-    if jobs != "auto" and (not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1):
-        raise ValueError(f"jobs is {jobs!r}: it must be a whole number from 1, or auto")
     if jobs == 1:
         return [{}]
     gpus = [] if trainer.accelerator == "cpu" else visible_gpus()

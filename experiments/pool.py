@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from experiments.cell import Child, Outcome, Stops, tell
-from experiments.claim import Claim, RunLocked, holder
+from experiments.claim import RunLocked, holder
 from experiments.places import Place
 from experiments.run_dir import RunDir
 
@@ -78,11 +78,11 @@ class Pool:
         while self.waiting and self.free and not self.stopping:
             run = self.waiting.popleft()
             try:
-                claim = Claim.take(run.path, training=False)
+                claim = run.claim(training=False)
             except RunLocked:
                 self.away.append(run)
                 continue
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: a link out of the directory
                 self._settle(run, Outcome(str(run.path), "failed", str(error), 1))
                 continue
             if known := self._by_others(run):

@@ -212,18 +212,18 @@ class RunDir:
             raise FileNotFoundError(f"{self.path} has no {which} checkpoint: train it first")
         return path
 
-    def claim(self, wait: bool = False) -> Claim:
+    def claim(self, wait: bool = False, training: bool = True) -> Claim:
         """Hold the run for this process; a context manager.
 
-        A claim that the process which started this one took for it is taken over. `wait` as in
-        `Claim.take`.
+        A claim that the process which started this one took for it is taken over. `wait` and
+        `training` as in `Claim.take`.
 
         Raises:
             RunLocked: if another process holds the run.
             ValueError: if a link leads out of the directory.
         """
         check_links(self.path)
-        return Claim.inherited(self.path) or Claim.take(self.path, wait)
+        return Claim.inherited(self.path) or Claim.take(self.path, wait, training)
 
     def summary(self) -> str:
         """A finished run's result in a few words; empty if there is none, or one of another kind.

@@ -52,8 +52,9 @@ def state(run: RunDir) -> State:
     try:
         result = run.result
         if result is not None:
-            n = result.get("step")
+            n = None if result.get("step") is None else int(result["step"])
             speed = result.get("perf/tokens_per_s")
+            speed = None if speed is None else float(speed)
             words = ", ".join(run.summary().split(", ")[2:-1])  # what no other column says
             return State(name, model, "done", n or 0, n, 0, speed, words)
         config = quick_config(run)
@@ -63,9 +64,9 @@ def state(run: RunDir) -> State:
         found.step = int(rows[-1]["step"]) if rows else 0
         speeds = [float(row["perf/tokens_per_s"]) for row in rows if row["perf/tokens_per_s"]]
         found.tokens_per_s = speeds[-1] if speeds else None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        found.state, found.detail = unfinished(run)
+    except (ValueError, ArithmeticError, KeyError, TypeError, AttributeError, OSError) as error:
         return State(name, model, "damaged", detail=one_line(error).replace(f"{run.path}/", ""))
-    found.state, found.detail = unfinished(run)
     return found
 
 

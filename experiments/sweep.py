@@ -22,6 +22,7 @@ from tqdm import tqdm
 from experiments import grid, ranks
 from experiments.cell import Outcome, Stops
 from experiments.claim import holder
+from experiments.config import check_launch, plain
 from experiments.entry import REPORTED, one_line, one_line_errors
 from experiments.launches import Launch
 from experiments.places import places
@@ -59,6 +60,7 @@ def sweep(config: DictConfig) -> int:
             "a sweep starts its processes by itself: leave torchrun or srun out, or give "
             "hydra/launcher=slurm"
         )
+    check_launch(config)
     cells = grid.expand(config)
     common = set.intersection(*map(set, cells)) if len(cells) > 1 else set()
     remembered = grid.Remembered(config)
@@ -68,9 +70,15 @@ def sweep(config: DictConfig) -> int:
     for overrides in tqdm(cells, "composing", unit="cell", leave=False, disable=None, delay=1):
         try:
             if run := remembered.known(overrides):
-                known[run.path] = run
+                path, frozen = run.path, plain(run.config) if run.path in placed else {}
+                known[path] = run
             else:
                 path, frozen = grid.locate(grid.compose(config, overrides), overrides)
+            if path in placed:
+                grid.check_same(path, placed[path][1], frozen)
+            elif path in known and not run:
+                grid.check_same(path, plain(known[path].config), frozen)
+            elif not run:
                 placed[path] = (overrides, frozen)
         except REPORTED as error:
             label = " ".join(o for o in overrides if o not in common) or " ".join(overrides)
@@ -91,7 +99,7 @@ def finish(waiting: list[RunDir], outcomes: dict[str, Outcome], config: DictConf
     """Train the cells that wait, report on all, return the exit code."""
     received: signal.Signals | None = None
     try:
-        with Stops() if is_local(config) else nullcontext() as stops:
+        with Stops() if is_local(config.hydra.launcher) else nullcontext() as stops:
             trained = launch_cells(waiting, config, stops)
             received = stops.received if stops else None
     except KeyboardInterrupt:
@@ -102,9 +110,9 @@ def finish(waiting: list[RunDir], outcomes: dict[str, Outcome], config: DictConf
     return exit_code(list(outcomes.values()), received)
 
 
-def is_local(config: DictConfig) -> bool:
+def is_local(launcher: Any) -> bool:
     """True if no hydra/launcher was chosen: cells are processes of this one."""
-    return config.hydra.launcher._target_ == BASIC_LAUNCHER
+    return launcher._target_ == BASIC_LAUNCHER
 
 
 def launch_cells(cells: Sequence[RunDir], config: DictConfig, stops: Stops | None) -> list[Outcome]:
@@ -138,6 +146,9 @@ def on_cluster(cells: Sequence[RunDir], config: DictConfig) -> list[Outcome]:
         left = [run for run in left if outcomes[str(run.path)].status == "elsewhere"]
         while left and all(holder(run.path) for run in left):
             time.sleep(ASK_S)
+        for run in [run for run in left if run.finished]:
+            outcomes[str(run.path)] = Outcome(str(run.path), "other", run.summary())
+            left.remove(run)
     return list(outcomes.values())
 
 
@@ -158,8 +169,8 @@ def failed(label: str, error: Exception) -> Outcome:
 def report(outcomes: Sequence[Outcome]) -> None:
     """Print a table, how many cells ended how, and why those that are not done are not."""
     runs = [o.run for o in outcomes if len(outcomes) <= 40 or o.status not in DONE]
-    if runs:
-        print(table([state(RunDir(r)) for r in runs if Path(r, "config.yaml").is_file()]))
+    if states := [state(RunDir(run)) for run in runs if Path(run, "config.yaml").is_file()]:
+        print(table(states))
     counts = Counter(outcome.status for outcome in outcomes)
     parts = [
         f"{counts['done']} trained",

@@ -17,11 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import ranks
 from experiments.cell import COMMAND, Stops
+from experiments.config import check_launch
 from experiments.entry import entry
 from experiments.grid import locate
 from experiments.pool import Pool
 from experiments.run_dir import RunDir
-from experiments.sweep import exit_code
+from experiments.sweep import exit_code, is_local
 
 
 def train(run: RunDir) -> int:
@@ -68,6 +69,9 @@ def train_together(path: Path, frozen: dict[str, Any]) -> None:
 @entry("train")
 def main(cfg: DictConfig) -> None:
     """One run; a multirun never comes here, `experiments.sweep` ends it."""
+    check_launch(cfg)
+    if not is_local(HydraConfig.get().launcher):
+        raise ValueError("hydra/launcher trains the cells of a sweep: add -m")
     path, frozen = locate(cfg, list(HydraConfig.get().overrides.task))
     if ranks.started() and not cfg.dry_run:
         train_together(path, frozen)

@@ -69,6 +69,29 @@ def test_every_state_and_the_time_left(make) -> None:  # type: ignore[no-untyped
     )
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("config.yaml", "batch_size: 2", "batch_size: 0"),
+        ("config.yaml", "budget_tokens: 1000", "budget_tokens: .inf"),
+        ("manifest.json", "{", "["),
+        ("metrics.csv", "40,400", "40.5,400"),
+        ("result.json", "100.0", '"fast"'),
+    ],
+)
+def test_one_damaged_run_spoils_no_table(make, file: str, old: str, new: str) -> None:  # type: ignore[no-untyped-def]
+    run, other = make("a", 40, 50.0), make("b", 40, 50.0)
+    if file == "result.json":
+        write_json(run.path / file, RESULT)
+    text = (run.path / file).read_text()
+    assert old in text
+    (run.path / file).write_text(text.replace(old, new))
+    states = [state(run), state(other)]
+    assert [one.state for one in states] == ["damaged", "interrupted"]
+    assert "a" in table(states)
+    assert "1 damaged" in total(states)
+
+
 def test_durations() -> None:
     seconds = [0, 89, 600, 2 * 3600, 47.5 * 3600, 3 * 86400]
     shown = ["0 s", "89 s", "10 min", "2 h 0 min", "47 h 30 min", "3 d 0 h"]

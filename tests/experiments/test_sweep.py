@@ -177,12 +177,20 @@ def test_other_sweepers_and_bad_settings_are_one_line(suite: Suite) -> None:
         (["seed=0,1", "jobs=2", "trainer.devices=99"], "set trainer.devices to how many"),
         (["seed=0,1", "hydra.sweeper._target_=a.b.OtherSweeper"], "OtherSweeper cannot be cont"),
         (["seed=0,(1"], "Error parsing override 'seed=0,(1'"),
+        (["seed=0,1", "dry_run=flase"], "dry_run is 'flase': it must be true or false"),
     ):
         assert suite.launch("model=rwkv4_pico", *given) == 2
         assert suite.err.startswith("error: ")
         assert message in suite.err
         assert suite.err.count("\n") == 1
     assert not suite.events("start")
+
+
+def test_two_points_of_one_directory_are_not_one_cell(suite: Suite) -> None:
+    for n_done, losses in enumerate(("full,chunked", "chunked,full")):
+        assert suite.launch("model=rwkv4_pico", "seed=0", f"loss={losses}") == 1
+        assert f"{1 - n_done} trained, {n_done} finished before, 1 failed" in suite.out
+        assert "differ in loss, which no directory is named by" in suite.err
 
 
 def test_duplicates_are_trained_once(suite: Suite) -> None:

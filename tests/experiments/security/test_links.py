@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.cell import Stops, train_cell
+from experiments.pool import Pool
 from experiments.run_dir import RunDir
 
 from .conftest import ENTRIES, Entry, generate, refused
@@ -73,3 +75,12 @@ def test_links_within_the_directory_are_fine(run: Path) -> None:
     (run / "checkpoints" / "other.ckpt").symlink_to("last.ckpt")
     (run / "best").symlink_to(run / "checkpoints")
     generate(run)
+
+
+def test_a_launcher_follows_no_link(run: Path, outside: Path) -> None:
+    (run / "result.json").unlink()
+    for _ in links(run, outside, (".lock", ".claim.1", "log.txt", "error.txt")):
+        (pooled,) = Pool([RunDir(run)], [{}, {}], False, Stops()).train()
+        for outcome in (pooled, train_cell(RunDir(run))):
+            assert outcome.status == "failed"
+            assert "is a link out of its run directory" in outcome.detail
