@@ -74,6 +74,7 @@ def sweep(config: DictConfig) -> int:
                 known[path] = run
             else:
                 path, frozen = grid.locate(grid.compose(config, overrides), overrides)
+            # two cells with one directory: one cell, written in two ways, or an error
             if path in placed:
                 grid.check_same(path, placed[path][1], frozen)
             elif path in known and not run:
