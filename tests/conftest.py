@@ -15,8 +15,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_configure() -> None:
-    # a shell ignores it in what it starts in the background, and so would every process below
+    # a shell ignores the one in what it starts in the background, nohup the other, and so would
+    # every process below
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

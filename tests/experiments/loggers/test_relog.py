@@ -81,7 +81,7 @@ def test_loggers_are_filled_after_training(
     relog(cfg)
     assert [one.info.status for one in stand_in.runs.values()] == ["FAILED"]  # not at its end yet
     (run.path / "result.json").write_text("{}")
-    with run.claim(), pytest.raises(RunFailed, match=f"not logged.*{run.path}"):
+    with run.claim(), pytest.raises(RunFailed, match=f"not logged.*{run.path.name}"):
         relog(cfg)
     for _ in range(2):
         relog(cfg)
