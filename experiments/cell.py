@@ -95,7 +95,10 @@ class Child:
         if code < 0:  # its own processes, data loaders and ranks, must not outlive it
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-        try:  # before it is released: who claims it next must see the error
+        try:  # while we hold it: who claims it next must see the error, and no later one
+            gone = self.run.finished or not self.run.path.is_dir()
+            if not gone and not self.claim.retake():
+                return Outcome(str(self.run.path), "elsewhere", "another process goes on with it")
             return judge(self.run, code)
         except (OSError, ValueError, KeyError) as error:  # somebody removed or damaged its files
             return Outcome(str(self.run.path), "failed", one_line(error), 1)

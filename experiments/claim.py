@@ -177,6 +177,22 @@ class Claim:
         close(self.lock)
         self.lock = None
 
+    def retake(self) -> bool:
+        """Hold the lock again that a child has let go by its end; False if others were quicker."""
+        for _ in range(100):
+            locked = True
+            try:
+                self.lock = take_lock(self.folder / ".lock")
+            except RunLocked:
+                locked = False
+            last = newest(self.folder)
+            if last is None or last.number != self.number:
+                return False
+            if locked:
+                break
+            time.sleep(0.01)  # somebody who is about to claim it, or what the child left
+        return True
+
     def release(self) -> None:
         """Let go. The file stays, so that its number is not given again."""
         self._ended.set()

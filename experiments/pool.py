@@ -118,7 +118,11 @@ class Pool:
                 continue
             self.free.append(self.running.pop(child))
             self.stops.children.remove(child)
-            self._settle(child.run, child.outcome(code))
+            outcome = child.outcome(code)
+            if outcome.status == "elsewhere":  # another launch was quicker than we to go on with it
+                self.away.append(child.run)
+            else:
+                self._settle(child.run, outcome)
 
     def _settle(self, run: RunDir, outcome: Outcome) -> None:
         self.outcomes[outcome.run] = outcome

@@ -15,6 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments import cell, grid, train
+from experiments.cell import Child, Outcome
 from experiments.claim import Claim
 from experiments.places import gpu_names, places
 from experiments.pool import Progress
@@ -311,6 +312,26 @@ def test_a_cell_in_training_elsewhere_is_waited_for_and_not_trained_again(suite:
     assert len(suite.events("start")) == 3
     assert "trained by other launches" in suite.out
     assert "done: s/rwkv4_pico/seed=0" in suite.out
+
+
+def test_a_killed_cell_that_another_launch_took_over_at_once_has_not_failed(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the death of the process and the look of the launch that had started it."""
+    original, taken = Child.outcome, list[str]()
+
+    def slower(child: Child, code: int) -> Outcome:
+        with Claim.take(child.run.path, training=False):
+            outcome = original(child, code)
+            taken.append(outcome.status)
+            (child.run.path / "result.json").write_text("{}")
+        return outcome
+
+    monkeypatch.setattr(Child, "outcome", slower)
+    assert suite.launch("model=rwkv4_pico", "seed=0", deeds={"": "kill"}) == 0
+    assert taken == ["elsewhere"]
+    assert "0 trained, 0 finished before, 0 failed, 1 trained by other launches" in suite.out
+    assert not list(suite.runs.glob("*/*/*/error.txt"))
 
 
 def test_what_failed_in_another_launch_is_reported_and_not_tried_again(
