@@ -10,10 +10,10 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from experiments.config import plain
-from experiments.entry import as_typed, entry
-from experiments.run_dir import write_json
-from experiments.targets import check_targets, resolve
+from experiments.config.entry import as_typed, entry
+from experiments.config.identity import plain
+from experiments.config.targets import check_targets, resolve
+from experiments.system.files import write_json
 
 SHARED = ("n_threads", "out", "paths")  # keys of conf/benchmark.yaml; the rest are the function's
 
@@ -23,7 +23,7 @@ def run(settings: dict[str, Any]) -> None:
     check_targets(settings)
     n_threads, out, _ = (settings.pop(key) for key in SHARED)
 
-    from experiments.bench_measure import Report, check_counts, machine
+    from experiments.benchmarks.measure import Report, check_counts, machine
 
     if n_threads is not None:
         check_counts(n_threads=n_threads)

@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from experiments.config import plain
-from experiments.entry import as_typed, entry
+from experiments.config.entry import as_typed, entry
+from experiments.config.identity import plain
 
 DTYPES = ("float32", "bfloat16", "float16")
 ENDINGS = (".pth", ".safetensors")
@@ -38,7 +38,7 @@ def convert(settings: dict[str, Any]) -> None:
             "convert it to a run directory first (target=runs/NAME/MODEL/LABEL)"
         )
 
-    from experiments.exchange import export_checkpoint, import_checkpoint
+    from experiments.conversion.exchange import export_checkpoint, import_checkpoint
 
     if is_run:
         for key in OF_IMPORT:

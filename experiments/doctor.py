@@ -21,11 +21,11 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from experiments import self_test
-from experiments.bench_measure import check_counts
-from experiments.entry import RunFailed, entry
-from experiments.manifest import device_name
-from experiments.self_test import DTYPES, TOLERANCES, Rung
+from experiments.benchmarks import self_test
+from experiments.benchmarks.measure import check_counts
+from experiments.benchmarks.self_test import DTYPES, TOLERANCES, Rung
+from experiments.config.entry import RunFailed, entry
+from experiments.system.machine import device_name
 from models.ops import build
 
 NEEDED = ("torch", "lightning", "hydra-core", "lm-eval")

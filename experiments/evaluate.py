@@ -16,26 +16,24 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from experiments import ranks
-from experiments.config import plain
-from experiments.entry import RunFailed, as_typed, entry, one_line
-from experiments.journal import Journal
-from experiments.lm_eval_tasks import Tasks
-from experiments.run_dir import RunDir, find_runs
-from experiments.scores import (
-    held_out,
+from experiments.config.entry import RunFailed, as_typed, entry, one_line
+from experiments.config.identity import plain
+from experiments.evaluation.journal import Journal
+from experiments.evaluation.scores import (
     read_scored,
     result_file,
     split_by_task,
     table,
-    weights_hash,
     write_scored,
 )
-from experiments.trained_model import load_model, load_tokenizer
+from experiments.evaluation.tasks import Tasks
+from experiments.runs.run_dir import RunDir, find_runs
+from experiments.runs.trained_model import held_out, load_model, load_tokenizer, weights_hash
+from experiments.system import ranks
 
 if TYPE_CHECKING:
     from experiments.data.token_data import TokenData
-    from experiments.lm_eval_adapter import LanguageModelLM
+    from experiments.evaluation.adapter import LanguageModelLM
 
 
 class Evaluation:
@@ -95,7 +93,7 @@ class Evaluation:
         print(f"error: {what}: {describe(error)}", file=sys.stderr, flush=True)
 
     def _language_model(self, run: RunDir) -> "LanguageModelLM":
-        from experiments.lm_eval_adapter import LanguageModelLM
+        from experiments.evaluation.adapter import LanguageModelLM
 
         return LanguageModelLM(
             load_model(run, self.cfg.checkpoint, self.device, self.cfg.dtype),
@@ -191,7 +189,7 @@ class Evaluation:
         if own_files := self.tasks.own_files_hash(name):
             protocol["task_files"] = own_files
         if data is not None:
-            from experiments.tasks import VERSIONS
+            from experiments.evaluation.held_out_tasks import VERSIONS
 
             protocol |= {"data": data.fingerprint, "task_version": VERSIONS[name]}
         return protocol

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from experiments.config import plain
-from experiments.entry import as_typed, entry
-from experiments.run_dir import RunDir
+from experiments.config.entry import as_typed, entry
+from experiments.config.identity import plain
+from experiments.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from experiments.writer import Writer
+    from experiments.generation.generator import Writer
     from models.generation import Sampling
 
 MANY = ("prompt", "stop")  # arguments that may be given more than once
@@ -76,7 +76,7 @@ def check(cfg: dict[str, Any]) -> "Sampling":
 
 def write_one(writer: "Writer", texts: list[str], state: Path | None, save: Path | None) -> None:
     """Go on with one text, from a saved state where given, and save the state after it."""
-    from experiments.state_file import load_state, save_state
+    from experiments.generation.state_file import load_state, save_state
     from models.generation import Past
 
     past, unread = load_state(state, writer.model) if state else (None, [])
@@ -139,8 +139,8 @@ def generate(cfg: dict[str, Any]) -> None:
 
     import torch
 
-    from experiments.state_file import check_writable
-    from experiments.writer import Writer
+    from experiments.generation.generator import Writer
+    from experiments.generation.state_file import check_writable
 
     if save:
         check_writable(save)

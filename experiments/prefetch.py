@@ -22,19 +22,26 @@ import yaml
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from experiments.config import plain
-from experiments.entry import entry, one_line
-from experiments.lm_eval_tasks import Tasks
-from experiments.pack import FORMAT, Pack, check_name, content_hash, file_hash, write_rows
-from experiments.run_dir import write_json
-from experiments.task_files import (
+from experiments.config.entry import entry, one_line
+from experiments.config.identity import plain
+from experiments.evaluation.pack import (
+    FORMAT,
+    Pack,
+    check_name,
+    content_hash,
+    file_hash,
+    write_rows,
+)
+from experiments.evaluation.task_files import (
     definition,
     fewshot_split,
     scored_split,
     task_config,
     task_from_rows,
 )
-from experiments.task_rows import Source
+from experiments.evaluation.task_rows import Source
+from experiments.evaluation.tasks import Tasks
+from experiments.system.files import write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,10 +8,10 @@ import sys
 
 from omegaconf import DictConfig
 
-from experiments.claim import RunLocked
-from experiments.config import plain
-from experiments.entry import RunFailed, as_typed, entry
-from experiments.run_dir import find_runs
+from experiments.config.entry import RunFailed, as_typed, entry
+from experiments.config.identity import plain
+from experiments.runs.run_dir import find_runs
+from experiments.system.locks import RunLocked
 
 
 def relog(cfg: DictConfig) -> None:
@@ -21,7 +21,7 @@ def relog(cfg: DictConfig) -> None:
         FileNotFoundError, ValueError: if there is no such run, or no logger was chosen.
         RunFailed: if a logger failed, once all runs were tried.
     """
-    from experiments.loggers import make_loggers
+    from experiments.training.loggers import make_loggers
 
     pattern = plain(cfg)["run"]
     failed = []

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from omegaconf import DictConfig
 
-from experiments.config import plain, step_count
-from experiments.entry import as_typed, entry
-from experiments.run_dir import RunDir
+from experiments.config.checks import step_count
+from experiments.config.entry import as_typed, entry
+from experiments.config.identity import plain
+from experiments.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from experiments.data.token_data import TokenData
@@ -56,7 +57,7 @@ def data_of(run: RunDir) -> "TokenData":
     """
     from experiments.data.prepare import prepare
     from experiments.data.token_data import TokenData
-    from experiments.scores import held_out
+    from experiments.runs.trained_model import held_out
 
     if "data" not in run.config:
         raise ValueError(f"{run.path} was not trained here: it names no data")

@@ -15,14 +15,14 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import ranks
-from experiments.cell import COMMAND, Stops
-from experiments.config import check_launch
-from experiments.entry import entry
-from experiments.grid import locate
-from experiments.pool import Pool
-from experiments.run_dir import RunDir
-from experiments.sweep import exit_code, is_local
+from experiments.config.checks import check_launch
+from experiments.config.entry import entry
+from experiments.runs.run_dir import RunDir
+from experiments.sweeps.grid import locate
+from experiments.sweeps.local import Pool
+from experiments.sweeps.sweep import exit_code, is_local
+from experiments.sweeps.trial import COMMAND, Stops
+from experiments.system import ranks
 
 
 def train(run: RunDir) -> int:
@@ -68,7 +68,7 @@ def train_together(path: Path, frozen: dict[str, Any]) -> None:
 
 @entry("train")
 def main(cfg: DictConfig) -> None:
-    """One run; a multirun never comes here, `experiments.sweep` ends it."""
+    """One run; a multirun never comes here, `experiments.sweeps.sweep` ends it."""
     check_launch(cfg)
     if not is_local(HydraConfig.get().launcher):
         raise ValueError("hydra/launcher trains the cells of a sweep: add -m")

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments.entry import CONF_DIR
-from experiments.metrics import MetricsFile
-from experiments.run_dir import RunDir
-from experiments.trained_model import read_checkpoint
+from experiments.config.entry import CONF_DIR
+from experiments.runs.metrics import MetricsFile
+from experiments.runs.run_dir import RunDir
+from experiments.runs.trained_model import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["data=text", "debug=smoke", "trainer=cpu", "model.net.n_layer=2"]

@@ -16,13 +16,13 @@ FORBIDDEN = {
 }
 ONLY_IN = {
     "lm_eval": {
-        "experiments/bench_evaluate.py",
+        "experiments/benchmarks/evaluate.py",
         "experiments/evaluate.py",
-        "experiments/lm_eval_adapter.py",
-        "experiments/lm_eval_cli.py",
-        "experiments/lm_eval_tasks.py",
-        "experiments/scores.py",
-        "experiments/task_files.py",
+        "experiments/evaluation/adapter.py",
+        "experiments/evaluation/lm_eval_cli.py",
+        "experiments/evaluation/tasks.py",
+        "experiments/evaluation/scores.py",
+        "experiments/evaluation/task_files.py",
     },
 }
 

@@ -10,9 +10,9 @@ from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from experiments.config import flatten, plain
-from experiments.entry import CONF_DIR
-from experiments.targets import check_targets
+from experiments.config.entry import CONF_DIR
+from experiments.config.identity import flatten, plain
+from experiments.config.targets import check_targets
 
 GROUPS = ("model", "data", "optim", "schedule", "trainer", "logger", "experiment", "debug")
 

@@ -15,8 +15,12 @@ import torch
 from hydra import compose
 from omegaconf import DictConfig
 
-from experiments.bench_measure import Report, Row, bar, check_counts, interleaved
-from experiments.checkpoint_files import (
+from experiments.benchmarks.measure import Report, Row, bar, check_counts, interleaved
+from experiments.config.targets import make
+from experiments.data.data_module import TokenDataModule
+from experiments.data.prepare import prepare
+from experiments.data.token_data import TokenData
+from experiments.runs.checkpoints.files import (
     BEST,
     LAST,
     AtomicCheckpointIO,
@@ -24,11 +28,7 @@ from experiments.checkpoint_files import (
     check,
     duplicate,
 )
-from experiments.data.data_module import TokenDataModule
-from experiments.data.prepare import prepare
-from experiments.data.token_data import TokenData
-from experiments.optim import make_optimizer
-from experiments.targets import make
+from experiments.training.optimizer import make_optimizer
 from models.language_model import LanguageModel
 
 FAR = 10**9  # steps

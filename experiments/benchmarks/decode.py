@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.bench_measure import Report, Row, bar, check_counts, interleaved, paired_ratio
-from experiments.bench_train import NAMES, build_model
-from experiments.bench_wkv import busy_seconds, freed_memory_kept
-from experiments.entry import RunFailed
-from experiments.outside import plain_rwkv
+from experiments.benchmarks.measure import Report, Row, bar, check_counts, interleaved, paired_ratio
+from experiments.benchmarks.train import NAMES, build_model
+from experiments.benchmarks.wkv import busy_seconds, freed_memory_kept
+from experiments.config.entry import RunFailed
+from experiments.conversion.external import plain_rwkv
 from models.generation import prefill
 from models.language_model import LanguageModel
 from models.ops.linear import linear, round_matrices

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from experiments.bench_measure import Report, Row, bar, check_counts, interleaved, paired_ratio
-from experiments.lm_eval_tasks import Tasks
-from experiments.prefix_tree import NOTHING, Segment, plan
+from experiments.benchmarks.measure import Report, Row, bar, check_counts, interleaved, paired_ratio
+from experiments.evaluation.prefix_tree import NOTHING, Segment, plan
+from experiments.evaluation.tasks import Tasks
 from models import convert
 from models.gpt import GPT
 from models.language_model import LanguageModel
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
 
     from experiments.data.tokenizer import Tokenizer
-    from experiments.lm_eval_adapter import LanguageModelLM
+    from experiments.evaluation.adapter import LanguageModelLM
 
 # how many times as many requests a second as lm-eval's hf backend
 WANTED = {
@@ -72,7 +72,7 @@ def evaluation(
     if find_spec("transformers") is None:
         raise ValueError("bench=evaluate compares with transformers: pip install -e '.[dev]'")
     from experiments.data.tokenizer import read_tokenizer
-    from experiments.manifest import measured_flops
+    from experiments.system.machine import measured_flops
 
     asked = Tasks(task_names, None, 0, pack)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -125,7 +125,7 @@ def backends(
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    from experiments.lm_eval_adapter import LanguageModelLM
+    from experiments.evaluation.adapter import LanguageModelLM
 
     fields = convert.hf_config(model, tokenizer.eot_id, "float32")
     kind = f"hf_{fields['model_type']}"
@@ -166,7 +166,7 @@ def compare(
     ours: "LanguageModelLM", theirs: "dict[int, HFLM]", task: Any, repeats: int, rate: float
 ) -> tuple[Row, Row]:
     """Speeds of a task's requests, and how equal the answers are."""
-    from experiments.journal import Journal
+    from experiments.evaluation.journal import Journal
 
     requests = list(task.instances)
     answers: dict[str, list[tuple[float, bool]]] = {}

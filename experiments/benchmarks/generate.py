@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from experiments.bench_measure import (
+from experiments.benchmarks.measure import (
     M_MMAP_THRESHOLD,
     Report,
     Row,
@@ -25,10 +25,11 @@ from experiments.bench_measure import (
     interleaved,
     read_rows,
 )
-from experiments.entry import RunFailed
-from experiments.run_dir import RunDir, find_runs, write_json
-from experiments.trained_model import DTYPES, load_model
-from experiments.writer import usable_device
+from experiments.config.entry import RunFailed
+from experiments.generation.generator import usable_device
+from experiments.runs.run_dir import RunDir, find_runs
+from experiments.runs.trained_model import DTYPES, load_model
+from experiments.system.files import write_json
 from models.generation import Sampling, prefill, sample
 from models.language_model import LanguageModel, State
 

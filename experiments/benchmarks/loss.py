@@ -10,14 +10,14 @@ from itertools import product
 import torch
 from torch import nn
 
-from experiments.bench_measure import (
+from experiments.benchmarks.measure import (
     Report,
     check_counts,
     interleaved,
     paired_ratio,
     peak_memory,
 )
-from experiments.lit_lm import cross_entropy
+from experiments.training.loss import cross_entropy
 
 TOY = {"n_tokens": 8, "n_embd": 8, "vocab_size": 16}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.entry import RunFailed
+from experiments.config.entry import RunFailed
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
@@ -83,7 +83,7 @@ def _grown(
     import psutil
     import torch
 
-    from experiments.manifest import peak_resident_bytes
+    from experiments.system.machine import peak_resident_bytes
 
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
@@ -155,7 +155,7 @@ def machine() -> Row:
     """Where the figures are from: processor, threads, PyTorch."""
     import torch
 
-    from experiments.manifest import device_name
+    from experiments.system.machine import device_name
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     return {

@@ -16,15 +16,16 @@ from hydra import compose
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from experiments.bench_measure import Report, bar, check_counts, interleaved, paired_ratio
+from experiments.benchmarks.measure import Report, bar, check_counts, interleaved, paired_ratio
+from experiments.config.targets import make
 from experiments.data.data_module import TokenDataModule
 from experiments.data.prepare import prepare
 from experiments.data.token_data import TokenData
-from experiments.fit import build, quiet_lightning
-from experiments.lit_lm import LitLM, clip_gradients
-from experiments.run_dir import RunDir
-from experiments.signals import StopRequest
-from experiments.targets import make
+from experiments.runs.run_dir import RunDir
+from experiments.system.signals import StopRequest
+from experiments.training.fit import build, quiet_lightning
+from experiments.training.loss import clip_gradients
+from experiments.training.module import LitLM
 from models.language_model import LanguageModel
 
 UNTIMED = 2  # first steps of each loop, in which memory is allocated

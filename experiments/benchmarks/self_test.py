@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experiments.lit_lm import LitLM
-from experiments.manifest import measured_flops
-from experiments.optim import make_optimizer
+from experiments.system.machine import measured_flops
+from experiments.training.module import LitLM
+from experiments.training.optimizer import make_optimizer
 from models.gpt import GPT
 from models.language_model import LanguageModel
 from models.ops.wkv import BACKENDS, live_backend, wkv, wkv_reference

@@ -8,9 +8,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from experiments.bench_measure import Report, bar, check_counts, interleaved, paired_ratio
-from experiments.entry import RunFailed
-from experiments.run_dir import find_runs, write_json
+from experiments.benchmarks.measure import Report, bar, check_counts, interleaved, paired_ratio
+from experiments.config.entry import RunFailed
+from experiments.runs.run_dir import find_runs
+from experiments.system.files import write_json
 
 
 def measure(train: list[str], n_finished: int, n_cells: int, repeats: int) -> Report:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.bench_measure import (
+from experiments.benchmarks.measure import (
     Report,
     Row,
     bar,
@@ -22,8 +22,8 @@ from experiments.bench_measure import (
     paired_ratio,
     peak_memory,
 )
-from experiments.lit_lm import cross_entropy
-from experiments.optim import make_optimizer
+from experiments.training.loss import cross_entropy
+from experiments.training.optimizer import make_optimizer
 from models.gpt import GPT
 from models.language_model import LanguageModel, count_parameters
 from models.ops.wkv import live_backend

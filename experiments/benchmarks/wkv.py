@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from experiments.bench_measure import (
+from experiments.benchmarks.measure import (
     Report,
     Row,
     bar,

@@ -18,9 +18,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.config import folder_name, plain
+from experiments.config.identity import folder_name, plain
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOTTED = re.compile(r"((?:models|experiments)(?:\.[a-z][a-z0-9_]*)+)\.([A-Za-z][A-Za-z0-9_]*)")
 SPECIAL = re.compile(r"_[a-z]+_")  # keys that Hydra would take for instructions
 # entries of a run directory that are read or written; a link in their place leads elsewhere

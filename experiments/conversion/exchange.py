@@ -14,12 +14,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from experiments.data.tokenizer import END_OF_TEXT, JsonTokenizer, Tokenizer, read_tokenizer
-from experiments.outside import compare
-from experiments.run_dir import RunDir, write_json, write_text
-from experiments.targets import make
-from experiments.trained_model import model_weights
-from experiments.weights_file import (
+from experiments.config.targets import make
+from experiments.conversion.external import compare
+from experiments.conversion.weights_file import (
     Source,
     load_pickle,
     new_target,
@@ -28,6 +25,10 @@ from experiments.weights_file import (
     sha256,
     write_weights,
 )
+from experiments.data.tokenizer import END_OF_TEXT, JsonTokenizer, Tokenizer, read_tokenizer
+from experiments.runs.run_dir import RunDir
+from experiments.runs.trained_model import model_weights
+from experiments.system.files import write_json, write_text
 from models import convert, rescale
 from models.language_model import LanguageModel, count_parameters
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.weights_file import read_json, read_pickle, read_safetensors
+from experiments.conversion.weights_file import read_json, read_pickle, read_safetensors
 from models import convert
 from models.language_model import LanguageModel
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from experiments.data.token_data import MicroBatches, TokenData, TrainWindows, ValWindows
-from experiments.signals import CODES
+from experiments.system.signals import CODES
 
 
 class TokenDataModule(lightning.pytorch.LightningDataModule):

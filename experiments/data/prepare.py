@@ -25,7 +25,8 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.config import folder_name
+from experiments.config.identity import folder_name
+from experiments.config.targets import make
 from experiments.data.sources import TextSource
 from experiments.data.token_files import TokenSource, check_ids
 from experiments.data.token_stream import (
@@ -36,7 +37,6 @@ from experiments.data.token_stream import (
     xz_bits_per_byte,
 )
 from experiments.data.tokenizer import Tokenizer
-from experiments.targets import make
 
 FORMAT = 1  # raised when the same settings would give other tokens
 WORK = ".tmp-"  # how names of unfinished folders start

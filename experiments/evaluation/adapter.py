@@ -15,13 +15,13 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from experiments import ranks
 from experiments.data.tokenizer import Tokenizer
-from experiments.journal import Journal, request_key
-from experiments.lm_eval_options import GenerationOptions, Prompt, prefix_token, rolling_window
-from experiments.prefix_tree import Tokens
-from experiments.scoring import Scorer, batched
-from experiments.text_stream import TextStream
+from experiments.evaluation.journal import Journal, request_key
+from experiments.evaluation.options import GenerationOptions, Prompt, prefix_token, rolling_window
+from experiments.evaluation.prefix_tree import Tokens
+from experiments.evaluation.scoring import Scorer, batched
+from experiments.generation.text_stream import TextStream
+from experiments.system import ranks
 from models.generation import generate
 from models.language_model import LanguageModel
 

@@ -1,6 +1,6 @@
 """lm-eval's own command line, with run directories as a model of it:
 
-    python -m experiments.lm_eval_cli run --model rwkv_parity \\
+    python -m experiments.evaluation.lm_eval_cli run --model rwkv_parity \\
         --model_args run=runs/demo/rwkv4_tiny/seed=0 --tasks arc_easy
 
 All other options are lm-eval's. `--batch_size` is not used: batches are made of `batch_tokens`.
@@ -11,10 +11,10 @@ from typing import Any
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 
-from experiments.entry import one_line_errors
-from experiments.lm_eval_adapter import LanguageModelLM
-from experiments.run_dir import RunDir
-from experiments.trained_model import load_model, load_tokenizer
+from experiments.config.entry import one_line_errors
+from experiments.evaluation.adapter import LanguageModelLM
+from experiments.runs.run_dir import RunDir
+from experiments.runs.trained_model import load_model, load_tokenizer
 
 
 @register_model("rwkv_parity")
@@ -54,7 +54,7 @@ class RunDirLM(LanguageModelLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What stands in lm-eval's result file: everything of the model that decides scores."""
-        from experiments.scores import weights_hash
+        from experiments.runs.trained_model import weights_hash
 
         return self.protocol | {"weights": weights_hash(self.model)}
 

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from experiments.data.tokenizer import Tokenizer
-from experiments.prefix_tree import Tokens
+from experiments.evaluation.prefix_tree import Tokens
 from models.language_model import LanguageModel
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.prefix_tree import NOTHING, Segment, Tokens, plan
+from experiments.evaluation.prefix_tree import NOTHING, Segment, Tokens, plan
 from models.generation import pad_left
 from models.language_model import LanguageModel, State, select_rows
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from experiments.squad_metrics import stand_in
+from experiments.evaluation.squad_metrics import stand_in
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,8 +6,8 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.entry import one_line
-from experiments.task_files import scored_split
+from experiments.config.entry import one_line
+from experiments.evaluation.task_files import scored_split
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.entry import one_line
-from experiments.pack import Pack, content_hash, file_hash
-from experiments.task_files import definition, scored_split, task_config, task_from_rows
-from experiments.task_rows import data_set_names
+from experiments.config.entry import one_line
+from experiments.evaluation.pack import Pack, content_hash, file_hash
+from experiments.evaluation.task_files import definition, scored_split, task_config, task_from_rows
+from experiments.evaluation.task_rows import data_set_names
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -45,7 +45,7 @@ class Tasks:
         pack: str | Path | None = None,
         n_documents: dict[str, int] | None = None,
     ) -> None:
-        from experiments.tasks import OWN_TASKS
+        from experiments.evaluation.held_out_tasks import OWN_TASKS
 
         if not names:
             raise ValueError("no task to score: give tasks.tasks=[NAME,...]")

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from experiments.run_dir import RunDir
-from experiments.text_stream import TextStream
-from experiments.trained_model import load_model, load_tokenizer
+from experiments.generation.text_stream import TextStream
+from experiments.runs.run_dir import RunDir
+from experiments.runs.trained_model import load_model, load_tokenizer
 from models.generation import Generation, Past, Sampling, check_prompts, check_room, prefill
 
 

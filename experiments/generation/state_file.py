@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.scores import weights_hash
+from experiments.runs.trained_model import weights_hash
 from models.generation import Past
 
 if TYPE_CHECKING:

@@ -6,9 +6,10 @@ only reads. The schedule of the learning rate is that of the new budget from the
 
 from pathlib import Path
 
-from experiments.checkpoint_files import BEST, check, duplicate, to_go_on_from
-from experiments.config import config_difference, plain
-from experiments.run_dir import RunDir, write_text
+from experiments.config.identity import config_difference, plain
+from experiments.runs.checkpoints.files import BEST, check, duplicate, to_go_on_from
+from experiments.runs.run_dir import RunDir
+from experiments.system.files import write_text
 
 
 def continued_run(run: RunDir) -> RunDir | None:

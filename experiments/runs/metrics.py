@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from experiments.run_dir import write_text
+from experiments.system.files import write_text
 
 COLUMNS = (
     "step",

@@ -6,7 +6,6 @@ Named by content (suite, model, overrides), never by the clock. CONTRIBUTING.md 
 import glob
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -15,8 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.claim import Claim, RunLocked
-from experiments.config import (
+from experiments.config.identity import (
     LAUNCH_KEYS,
     config_difference,
     execution_keys,
@@ -24,45 +22,9 @@ from experiments.config import (
     plain,
     run_tag,
 )
-from experiments.targets import check_links, check_targets, read_config
-
-
-def write_json(path: Path, obj: Any) -> None:
-    """Write JSON so that the file is either the old one or the whole new one."""
-    write_text(path, json.dumps(obj, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text under a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes private files; results are for everybody
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_new(path: Path, text: str) -> bool:
-    """Write a file that does not exist yet; False, and nothing is done, if another process has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write_text(temporary, text)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without links
-        os.replace(temporary, path)
-        return True
-    finally:
-        temporary.unlink(missing_ok=True)
-    return True
+from experiments.config.targets import check_links, check_targets, read_config
+from experiments.system.files import write_new, write_text
+from experiments.system.locks import Claim, RunLocked
 
 
 class RunDir:

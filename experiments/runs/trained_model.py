@@ -1,13 +1,15 @@
 """What a run trained, read from its directory: checkpoint, weights, model and tokenizer."""
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.checksums import CHECKSUMS, is_whole
-from experiments.run_dir import RunDir
-from experiments.targets import make
+from experiments.config.targets import make
+from experiments.runs.checkpoints.checksums import CHECKSUMS, is_whole
+from experiments.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
+    from experiments.data.token_data import TokenData
     from experiments.data.tokenizer import Tokenizer
     from models.language_model import LanguageModel
 
@@ -26,7 +28,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: its SHA-256 is not the one written in {CHECKSUMS}")
     try:
         if path.is_dir():
-            from experiments.shards import read_shards
+            from experiments.runs.checkpoints.sharded import read_shards
 
             return read_shards(path)
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -96,3 +98,35 @@ def load_tokenizer(run: RunDir) -> "Tokenizer":
             "again with tokenizer_file=FILE, or copy that file of a run with the same tokenizer"
         )
     return Tokenizer.from_json(file.read_text(encoding="utf-8"))
+
+
+def weights_hash(model: "LanguageModel") -> str:
+    """Hash of names, types, shapes and values of all weights, 16 hex digits."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def held_out(run: RunDir) -> "TokenData":
+    """The data a run was trained on, prepared anew where it is no longer there.
+
+    Raises:
+        FileNotFoundError, ValueError: if its source is gone, or no longer gives the same tokens.
+    """
+    from experiments.data.prepare import prepare
+    from experiments.data.token_data import TokenData
+
+    trained_on = run.manifest.get("data", {}).get("fingerprint")
+    if trained_on is None:
+        raise ValueError("the run names no data it was trained on, so there is no held-out text")
+    data = TokenData.open(prepare(run.config.data))
+    if data.fingerprint != trained_on:
+        raise ValueError(
+            f"the source of data={run.config.data.name} is no longer what it was trained on: "
+            f"{data.path} has the fingerprint {data.fingerprint[:12]}, not {trained_on[:12]}"
+        )
+    return data

@@ -19,10 +19,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.cell import COMMAND, Outcome, train_cell
-from experiments.claim import DEAD_S, holder
-from experiments.config import plain
-from experiments.run_dir import RunDir, write_json
+from experiments.config.identity import plain
+from experiments.runs.run_dir import RunDir
+from experiments.sweeps.trial import COMMAND, Outcome, train_cell
+from experiments.system.files import write_json
+from experiments.system.locks import DEAD_S, holder
 
 SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
 POLL_S = 2.0  # between two looks at results
@@ -190,8 +191,8 @@ def on_this_machine(
 
 
 def on_ray(cells: Sequence[RunDir], launcher: dict[str, Any], fail_fast: bool) -> list[Outcome]:
-    """`experiments.ray_tasks`."""
-    from experiments.ray_tasks import launch
+    """`experiments.sweeps.ray_engine`."""
+    from experiments.sweeps.ray_engine import launch
 
     return launch(cells, **launcher["ray"], fail_fast=fail_fast)
 
@@ -199,7 +200,7 @@ def on_ray(cells: Sequence[RunDir], launcher: dict[str, Any], fail_fast: bool) -
 ENGINES: dict[str, Callable[[Sequence[RunDir], dict[str, Any], bool], list[Outcome]]] = {
     f"{SUBMITIT}.SlurmLauncher": on_slurm,
     f"{SUBMITIT}.LocalLauncher": on_this_machine,
-    "experiments.ray_tasks.launch": on_ray,
+    "experiments.sweeps.ray_engine.launch": on_ray,
 }
 
 

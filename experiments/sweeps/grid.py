@@ -11,11 +11,13 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.config import LAUNCH_KEYS, check_config, flatten
-from experiments.run_dir import RunDir, write_text
+from experiments.config.checks import check_config
+from experiments.config.identity import LAUNCH_KEYS, flatten
+from experiments.runs.run_dir import RunDir
+from experiments.system.files import write_text
 
-HERE = Path(__file__).parent
-NAMING = ("config.py", "run_dir.py", "grid.py")  # what decides about a cell besides its config
+HERE = Path(__file__).parents[1]
+# what decides about a cell besides its config
 
 
 def expand(config: DictConfig) -> list[list[str]]:
@@ -154,3 +156,11 @@ def config_key(config: DictConfig) -> str:
         digest.update((HERE / module).read_bytes())
     given = OmegaConf.to_container(config.hydra.overrides)
     return "" if "oc.env" in str(given) else digest.hexdigest()
+
+
+NAMING = (
+    "config/identity.py",
+    "config/checks.py",
+    "runs/run_dir.py",
+    "sweeps/grid.py",
+)

@@ -11,8 +11,9 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from experiments.claim import Claim, holder
-from experiments.run_dir import RunDir, write_json
+from experiments.runs.run_dir import RunDir
+from experiments.system.files import write_json
+from experiments.system.locks import Claim, holder
 
 
 class Launch:
@@ -56,7 +57,7 @@ class Launch:
             if who := holder(folder):
                 return f"in the launch by {who}"
         if (path / "queued.json").is_file():
-            from experiments.cluster import in_queue, queued_job
+            from experiments.sweeps.cluster import in_queue, queued_job
 
             job = queued_job(RunDir(path))
             if job and job in in_queue([job]):

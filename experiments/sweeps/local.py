@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from experiments.cell import Child, Outcome, Stops, tell
-from experiments.claim import RunLocked, holder
-from experiments.places import Place
-from experiments.run_dir import RunDir
+from experiments.runs.run_dir import RunDir
+from experiments.sweeps.slots import Place
+from experiments.sweeps.trial import Child, Outcome, Stops, tell
+from experiments.system.locks import RunLocked, holder
 
 LOOK_S = 0.05  # between two looks at the children
 ASK_S = 1.0  # between two looks at cells that other processes hold

@@ -8,8 +8,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.cell import Outcome
-from experiments.run_dir import RunDir
+from experiments.runs.run_dir import RunDir
+from experiments.sweeps.trial import Outcome
 
 
 def launch(
@@ -58,7 +58,7 @@ def launch(
 
 def train(folder: str, path: str) -> Outcome:
     """What a worker runs: one cell, with paths as where the sweep was started."""
-    from experiments.cluster import train_when_free
+    from experiments.sweeps.cluster import train_when_free
 
     os.chdir(folder)
     return train_when_free(RunDir(path))

@@ -1,11 +1,8 @@
 """Where the cells of a sweep are trained that run at the same time on this machine."""
 
-import os
-import re
-import shutil
-import subprocess
-
 from omegaconf import DictConfig
+
+from experiments.system.machine import n_cores, visible_gpus
 
 Place = dict[str, str]  # what the environment of a process there has besides ours
 
@@ -39,40 +36,3 @@ def places(jobs: int | str, trainer: DictConfig) -> list[Place]:
         return [{"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}] * n_jobs
     groups = [gpus[i : i + each] for i in range(0, n_here - each + 1, each)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(groups[i % len(groups)])} for i in range(n_jobs)]
-
-
-def n_cores() -> int:
-    """How many CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def visible_gpus() -> list[str]:
-    """The NVIDIA GPUs, or parts of them (MIG), that a process started by us would see.
-
-    Raises:
-        ValueError: if the driver does not answer.
-    """
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    try:
-        answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        raise ValueError("nvidia-smi does not answer: set CUDA_VISIBLE_DEVICES") from None
-    return gpu_names(answer.stdout) if answer.returncode == 0 else []
-
-
-def gpu_names(listing: str) -> list[str]:
-    """The names by which CUDA knows what ``nvidia-smi -L`` lists; of a divided GPU, its parts."""
-    names: list[str] = []
-    for line in listing.splitlines():
-        if found := re.search(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)", line):
-            part = found[1].startswith("MIG")
-            if part and names and names[-1].startswith("GPU"):
-                names.pop()  # the whole that it is a part of
-            names.append(found[1])
-    return names

@@ -19,17 +19,19 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from experiments import grid, ranks
-from experiments.cell import Outcome, Stops
-from experiments.claim import holder
-from experiments.config import check_launch, plain
-from experiments.entry import REPORTED, one_line, one_line_errors
-from experiments.launches import Launch
-from experiments.places import places
-from experiments.pool import ASK_S, Pool
-from experiments.run_dir import RunDir
-from experiments.signals import ASK_REQUEUE, REQUEUE
-from experiments.status import state, table
+from experiments.config.checks import check_launch
+from experiments.config.entry import REPORTED, one_line, one_line_errors
+from experiments.config.identity import plain
+from experiments.runs.run_dir import RunDir
+from experiments.runs.state import state, table
+from experiments.sweeps import grid
+from experiments.sweeps.launches import Launch
+from experiments.sweeps.local import ASK_S, Pool
+from experiments.sweeps.slots import places
+from experiments.sweeps.trial import Outcome, Stops
+from experiments.system import ranks
+from experiments.system.locks import holder
+from experiments.system.signals import ASK_REQUEUE, REQUEUE
 
 DONE = ("done", "skipped", "other")
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
@@ -137,8 +139,8 @@ def launch_cells(cells: Sequence[RunDir], config: DictConfig, stops: Stops | Non
 
 
 def on_cluster(cells: Sequence[RunDir], config: DictConfig) -> list[Outcome]:
-    """Train cells by an engine of `experiments.cluster`, and again those whose holder died."""
-    from experiments import cluster
+    """Train cells by an engine of `cluster`, and again those whose holder died."""
+    from experiments.sweeps import cluster
 
     outcomes: dict[str, Outcome] = {}
     left = list(cells)

@@ -11,10 +11,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from experiments.claim import Claim, RunLocked
-from experiments.entry import one_line
-from experiments.run_dir import RunDir, write_text
-from experiments.signals import ASK_REQUEUE, REQUEUE
+from experiments.config.entry import one_line
+from experiments.runs.run_dir import RunDir
+from experiments.system.files import write_text
+from experiments.system.locks import Claim, RunLocked
+from experiments.system.signals import ASK_REQUEUE, REQUEUE
 
 COMMAND = [sys.executable, "-m", "experiments.fit"]
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

@@ -13,12 +13,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import distributed
 
-from experiments import ranks
-from experiments.callbacks import RunLog
-from experiments.checkpoint_files import BEST, LAST, BackgroundCheckpointIO, duplicate
-from experiments.lit_lm import LitLM
-from experiments.metrics import format_cell
-from experiments.signals import StopRequest
+from experiments.runs.checkpoints.files import BEST, LAST, BackgroundCheckpointIO, duplicate
+from experiments.runs.metrics import format_cell
+from experiments.system import ranks
+from experiments.system.signals import StopRequest
+from experiments.training.module import LitLM
+from experiments.training.run_log import RunLog
 
 
 class Checkpoints(Callback):

@@ -18,11 +18,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
-from experiments import ranks
-from experiments.checkpoint_files import put, remove, saving
-from experiments.checksums import folder_digest
-from experiments.config import plain
-from experiments.shards import SHARDED, map_tensors, read_shards, rows_of, write_shard
+from experiments.config.identity import plain
+from experiments.runs.checkpoints.checksums import folder_digest
+from experiments.runs.checkpoints.files import put, saving
+from experiments.runs.checkpoints.sharded import (
+    SHARDED,
+    map_tensors,
+    read_shards,
+    rows_of,
+    write_shard,
+)
+from experiments.system import ranks
+from experiments.system.files import remove
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 TIMEOUT = timedelta(minutes=30)  # of waiting for each other: data may be prepared meanwhile

@@ -1,16 +1,6 @@
-"""Train the run that a directory's frozen config describes: ``python -m experiments.fit RUN_DIR``.
-
-``experiments.train`` starts this in a fresh process for every run; so do DDP's ranks and SLURM.
-Nothing but the frozen config decides what happens here.
-"""
-
-import signal
-
-if __name__ == "__main__":  # imports take seconds: Ctrl-C in them ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+"""Train the run that a directory's frozen config describes; nothing else decides what happens."""
 
 import logging
-import sys
 import traceback
 import warnings
 from contextlib import nullcontext, suppress
@@ -21,27 +11,29 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
-from experiments.callbacks import LossNotFinite, RunLog, TokenBar
-from experiments.checkpoint_files import BEST, LAST, BackgroundCheckpointIO, remove
-from experiments.checkpoints import Checkpoints
-from experiments.claim import RunLocked
-from experiments.config import check_config, step_count
-from experiments.continuation import continued_run, starting_point
+from experiments.config.checks import check_config, step_count
+from experiments.config.entry import REPORTED, RunFailed, one_line
+from experiments.config.targets import make
 from experiments.data.data_module import TokenDataModule
 from experiments.data.prepare import prepare
 from experiments.data.token_data import TokenData
-from experiments.entry import REPORTED, RunFailed, one_line, one_line_errors
-from experiments.lit_lm import LitLM
-from experiments.loggers import make_loggers
-from experiments.manifest import manifest
-from experiments.metrics import MetricsFile, summarise
-from experiments.optim import Schedule, make_optimizer
-from experiments.run_dir import RunDir, write_json, write_text
-from experiments.shards import make_whole
-from experiments.signals import StopRequest
-from experiments.strategy import is_lost_peer, trainer_options
-from experiments.targets import make
-from experiments.trained_model import read_checkpoint
+from experiments.runs.checkpoints.files import BEST, LAST, BackgroundCheckpointIO
+from experiments.runs.checkpoints.sharded import make_whole
+from experiments.runs.continuation import continued_run, starting_point
+from experiments.runs.metrics import MetricsFile, summarise
+from experiments.runs.run_dir import RunDir
+from experiments.runs.trained_model import read_checkpoint
+from experiments.system.files import remove, write_json, write_text
+from experiments.system.locks import RunLocked
+from experiments.system.signals import StopRequest
+from experiments.training.checkpointing import Checkpoints
+from experiments.training.devices import is_lost_peer, trainer_options
+from experiments.training.loggers import make_loggers
+from experiments.training.manifest import manifest
+from experiments.training.module import LitLM
+from experiments.training.optimizer import Schedule, make_optimizer
+from experiments.training.progress import TokenBar
+from experiments.training.run_log import LossNotFinite, RunLog
 from models.language_model import LanguageModel
 
 
@@ -266,14 +258,3 @@ def explain(error: Exception, run: RunDir) -> str:
             "command goes on from the last checkpoint"
         )
     return one_line(error)
-
-
-def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m experiments.fit RUN_DIR")
-    with one_line_errors():
-        attempt(RunDir(sys.argv[1]))
-
-
-if __name__ == "__main__":
-    main()

@@ -19,9 +19,9 @@ from typing import Any, Protocol
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig
 
-from experiments.config import flatten, plain
-from experiments.metrics import COLUMNS
-from experiments.run_dir import RunDir
+from experiments.config.identity import flatten, plain
+from experiments.runs.metrics import COLUMNS
+from experiments.runs.run_dir import RunDir
 
 RETRY_S = 60.0  # least time between attempts to reach a logger that failed
 

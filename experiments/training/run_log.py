@@ -1,7 +1,6 @@
 """What happens around the steps of a run: its log and progress bar."""
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +10,10 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import distributed
-from tqdm import tqdm
 
-from experiments.lit_lm import LitLM
-from experiments.manifest import peak_memory_bytes
-from experiments.metrics import MetricsFile
+from experiments.runs.metrics import MetricsFile
+from experiments.system.machine import peak_memory_bytes
+from experiments.training.module import LitLM
 
 
 class LossNotFinite(ArithmeticError):
@@ -181,45 +179,3 @@ def over_devices(losses: list[torch.Tensor]) -> list[torch.Tensor]:
     total = torch.stack(losses)
     distributed.all_reduce(total)
     return list((total / distributed.get_world_size()).unbind())
-
-
-class TokenBar(Callback):
-    """A progress bar in tokens; silent when nobody watches.
-
-    Args:
-        name: of the run.
-        tokens_per_step: training tokens of one optimizer step.
-    """
-
-    def __init__(self, name: str, tokens_per_step: int) -> None:
-        self.name = name
-        self.tokens_per_step = tokens_per_step
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.bar = tqdm(
-            total=trainer.max_steps * self.tokens_per_step,
-            initial=trainer.global_step * self.tokens_per_step,
-            desc=self.name,
-            unit="tok",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=not (trainer.is_global_zero and sys.stderr.isatty()),
-        )
-
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        self.bar.update(trainer.global_step * self.tokens_per_step - self.bar.n)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, LitLM)
-        bits = "" if pl_module.val_bpb is None else f", {pl_module.val_bpb:.3f} bits/byte"
-        self.bar.set_postfix_str(f"val {pl_module.val_loss:.3f} nats/token{bits}")
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.bar.close()

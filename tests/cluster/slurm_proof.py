@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cluster import in_queue, queued_job
+from experiments.sweeps.cluster import in_queue, queued_job
 
 from .conftest import ROOT, Sweep, assert_same, wait_for
 

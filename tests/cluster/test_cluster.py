@@ -18,11 +18,12 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from experiments import cluster
-from experiments.cell import COMMAND, Outcome
-from experiments.claim import Claim
-from experiments.entry import CONF_DIR, one_line
-from experiments.run_dir import RunDir, write_json
+from experiments.config.entry import CONF_DIR, one_line
+from experiments.runs.run_dir import RunDir
+from experiments.sweeps import cluster
+from experiments.sweeps.trial import COMMAND, Outcome
+from experiments.system.files import write_json
+from experiments.system.locks import Claim
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.entry import CONF_DIR
-from experiments.run_dir import RunDir
-from experiments.trained_model import read_checkpoint
+from experiments.config.entry import CONF_DIR
+from experiments.runs.run_dir import RunDir
+from experiments.runs.trained_model import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 

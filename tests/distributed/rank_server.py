@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from experiments import fit
-from experiments.callbacks import RunLog
 from experiments.data.token_data import MicroBatches
-from experiments.lit_lm import LitLM
+from experiments.training import fit
+from experiments.training.module import LitLM
+from experiments.training.run_log import RunLog
 
 N_RANKS = 2  # whose order `adds_as` means
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.run_dir import RunDir
+from experiments.runs.run_dir import RunDir
 
 from ..small_runs import rows
 from .conftest import ROOT, Processes, apart

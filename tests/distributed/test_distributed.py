@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.metrics import MetricsFile
-from experiments.run_dir import RunDir
-from experiments.trained_model import load_model, read_checkpoint
+from experiments.runs.metrics import MetricsFile
+from experiments.runs.run_dir import RunDir
+from experiments.runs.trained_model import load_model, read_checkpoint
 
 from ..small_runs import rows
 from .conftest import Processes, apart

@@ -17,11 +17,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments.entry import CONF_DIR
-from experiments.fit import fit
-from experiments.metrics import MetricsFile
-from experiments.run_dir import RunDir
-from experiments.trained_model import read_checkpoint
+from experiments.config.entry import CONF_DIR
+from experiments.runs.metrics import MetricsFile
+from experiments.runs.run_dir import RunDir
+from experiments.runs.trained_model import read_checkpoint
+from experiments.training.fit import fit
 
 from ..small_runs import rows
 

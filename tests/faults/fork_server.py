@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from experiments import fit
+from experiments.training import fit
 
 
 def aim(functions: list[str], line: int, number: int) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import checkpoint_files, run_dir
-from experiments.checkpoint_files import (
+from experiments.runs import run_dir
+from experiments.runs.checkpoints import files as checkpoint_files
+from experiments.runs.checkpoints.checksums import CHECKSUMS, digest, is_whole
+from experiments.runs.checkpoints.files import (
     BEST,
     DAMAGED,
     LAST,
@@ -21,8 +23,7 @@ from experiments.checkpoint_files import (
     duplicate,
     to_go_on_from,
 )
-from experiments.checksums import CHECKSUMS, digest, is_whole
-from experiments.trained_model import read_checkpoint
+from experiments.runs.trained_model import read_checkpoint
 
 
 def save(folder: Path, number: int) -> None:

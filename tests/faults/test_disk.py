@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from experiments.checkpoint_files import to_go_on_from
-from experiments.entry import RunFailed
-from experiments.fit import attempt
-from experiments.lit_lm import LitLM
-from experiments.run_dir import RunDir
+from experiments.config.entry import RunFailed
+from experiments.runs.checkpoints.files import to_go_on_from
+from experiments.runs.run_dir import RunDir
+from experiments.training.fit import attempt
+from experiments.training.module import LitLM
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="mounting a small disk takes root on Linux"

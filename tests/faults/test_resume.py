@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import callbacks, checkpoints
-from experiments.checkpoints import Checkpoints, rng_state, set_rng_state
-from experiments.fit import fit
-from experiments.lit_lm import LitLM
-from experiments.metrics import MetricsFile
-from experiments.run_dir import RunDir
-from experiments.signals import StopRequest
-from experiments.trained_model import read_checkpoint
+from experiments.runs.metrics import MetricsFile
+from experiments.runs.run_dir import RunDir
+from experiments.runs.trained_model import read_checkpoint
+from experiments.system.signals import StopRequest
+from experiments.training import checkpointing as checkpoints
+from experiments.training import run_log as callbacks
+from experiments.training.checkpointing import Checkpoints, rng_state, set_rng_state
+from experiments.training.fit import fit
+from experiments.training.module import LitLM
 
 Freeze = Callable[..., RunDir]
 Undisturbed = Callable[[str], tuple[RunDir, float]]
@@ -98,7 +99,9 @@ def test_a_second_signal_means_now_and_so_does_one_before_training(
         os.kill(os.getpid(), signal.SIGUSR1)
     assert left.value.code == 75
     now = [0.0]
-    monkeypatch.setattr("experiments.signals.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(
+        "experiments.system.signals.time", SimpleNamespace(monotonic=lambda: now[0])
+    )
     with StopRequest() as stop:
         stop.training = True
         os.kill(os.getpid(), signal.SIGINT)

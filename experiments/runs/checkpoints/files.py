@@ -21,9 +21,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from experiments.checksums import CHECKSUMS, digest, is_whole, known_digests
-from experiments.run_dir import write_json
-from experiments.trained_model import read_checkpoint
+from experiments.runs.checkpoints.checksums import CHECKSUMS, digest, is_whole, known_digests
+from experiments.runs.trained_model import read_checkpoint
+from experiments.system.files import remove, replace, sync, write_json
 
 LAST, PREVIOUS, BEST, DAMAGED = "last.ckpt", "previous.ckpt", "best.ckpt", "damaged.ckpt"
 
@@ -208,30 +208,3 @@ def check(path: Path) -> None:
     """Raise ValueError if a checkpoint is damaged."""
     if not is_whole(path):  # read_checkpoint says why, or finds that nothing is known against it
         read_checkpoint(path)
-
-
-def replace(source: Path, target: Path) -> None:
-    """Rename a file or folder, whatever stood in its place."""
-    aside = target.with_name(f".{target.name}.old")
-    if target.exists() and (target.is_dir() or source.is_dir()):
-        remove(aside)
-        os.replace(target, aside)  # a folder replaces nothing by itself, and takes long to remove
-    os.replace(source, target)
-    remove(aside)
-
-
-def remove(path: Path) -> None:
-    """Remove a file or folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.checkpoint_files import put, remove, write
+from experiments.runs.checkpoints.files import put, write
+from experiments.system.files import remove
 
 SHARDED = ("state_dict", "optimizer_states")  # the parts of a checkpoint that hold such tensors
 NAME = re.compile(r"rank-(\d+)-of-(\d+)\.pt")

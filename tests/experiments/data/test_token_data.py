@@ -16,13 +16,7 @@ from hypothesis import strategies as st
 from experiments.data import token_data
 from experiments.data.data_module import TokenDataModule
 from experiments.data.prepare import prepare
-from experiments.data.token_data import (
-    IGNORED,
-    TokenData,
-    TrainWindows,
-    ValWindows,
-    permute,
-)
+from experiments.data.token_data import IGNORED, TokenData, TrainWindows, ValWindows, permute
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from experiments.config import plain
-from experiments.entry import CONF_DIR, REPORTED, one_line
-from experiments.fit import attempt, fit
-from experiments.run_dir import RunDir
+from experiments.config.entry import CONF_DIR, REPORTED, one_line
+from experiments.config.identity import plain
+from experiments.runs.run_dir import RunDir
+from experiments.training.fit import attempt, fit
 
 Entry = Callable[[Path], None]
 

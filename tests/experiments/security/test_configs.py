@@ -9,7 +9,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from experiments.config import plain
+from experiments.config.identity import plain
 
 from .conftest import (
     ENTRIES,
@@ -55,18 +55,18 @@ CONFIGS: dict[str, Callable[[Config], Config]] = {
     ),
     "module through fit": lambda c: named(c, "experiments.fit.os.system", command=TOUCH),
     "function of ours that writes": lambda c: named(
-        c, "experiments.run_dir.write_text", path="canary", text="x"
+        c, "experiments.system.files.write_text", path="canary", text="x"
     ),
     "the same as a schedule": lambda c: named(
-        c, "experiments.run_dir.write_text", "schedule.function", path="canary", text="x"
+        c, "experiments.system.files.write_text", "schedule.function", path="canary", text="x"
     ),
     "the same as a source": lambda c: named(
-        c, "experiments.run_dir.write_text", "data.source", path="canary", text="x"
+        c, "experiments.system.files.write_text", "data.source", path="canary", text="x"
     ),
     "the same as a tokenizer": lambda c: named(
-        c, "experiments.run_dir.write_json", "data.tokenizer", path="canary", obj=1
+        c, "experiments.system.files.write_json", "data.tokenizer", path="canary", obj=1
     ),
-    "class of ours of another kind": lambda c: named(c, "experiments.journal.Journal"),
+    "class of ours of another kind": lambda c: named(c, "experiments.evaluation.journal.Journal"),
     "what a module imports": lambda c: named(c, "experiments.fit.RunDir", path="."),
     "model that a module imports": lambda c: changed(c, model__net___target_="models.sizing.RWKV4"),
     "method": lambda c: named(c, "models.rwkv4.RWKV4.load_state_dict"),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cell import Stops, train_cell
-from experiments.pool import Pool
-from experiments.run_dir import RunDir
+from experiments.runs.run_dir import RunDir
+from experiments.sweeps.local import Pool
+from experiments.sweeps.trial import Stops, train_cell
 
 from .conftest import ENTRIES, Entry, generate, refused
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.checksums import CHECKSUMS, digest
-from experiments.run_dir import write_json
+from experiments.runs.checkpoints.checksums import CHECKSUMS, digest
+from experiments.system.files import write_json
 
 from .conftest import LOADERS, TEXTS, TOUCH, Entry, evaluate, generate, refused, show_batch, train
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.config.targets import check_targets, make, resolve
 from experiments.data.sources import TextSource
 from experiments.data.tokenizer import Tokenizer
-from experiments.run_dir import find_runs
-from experiments.targets import check_targets, make, resolve
+from experiments.runs.run_dir import find_runs
 from models.language_model import LanguageModel
 
 
@@ -34,7 +34,7 @@ def test_a_new_model_is_allowed_without_an_edit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import models
-    from experiments import targets
+    from experiments.config import targets
 
     code = "from models.gpt import GPT\n\n\nclass Mine(GPT):\n    pass\n"
     (tmp_path / "models").mkdir()
@@ -52,7 +52,7 @@ def test_targets_are_found_without_importing_them() -> None:
     before = set(sys.modules)
     with pytest.raises(ValueError, match="no class or function"):
         check_targets({"a": {"_target_": "experiments.doctor.nothing"}})
-    check_targets({"a": {"_target_": "experiments.ray_tasks.launch"}})
+    check_targets({"a": {"_target_": "experiments.sweeps.ray_engine.launch"}})
     assert set(sys.modules) == before
 
 

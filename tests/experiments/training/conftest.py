@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.run_dir import RunDir
+from experiments.runs.run_dir import RunDir
 
 from ...small_runs import freeze_in
 

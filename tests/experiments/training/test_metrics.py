@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.fit import fit
-from experiments.metrics import MetricsFile, summarise
-from experiments.run_dir import RunDir
+from experiments.runs.metrics import MetricsFile, summarise
+from experiments.runs.run_dir import RunDir
+from experiments.training.fit import fit
 
 
 def test_other_loggers_get_the_same_rows(freeze: Callable[..., RunDir]) -> None:
@@ -75,10 +75,10 @@ def test_tokens_per_second_by_a_fake_clock(
     """The clock moves 2 s a training step and 100 s a validation, which must not count."""
     now = [0.0]
     monkeypatch.setattr(
-        "experiments.callbacks.time",
+        "experiments.training.run_log.time",
         SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: 0.0),
     )
-    from experiments.lit_lm import LitLM
+    from experiments.training.module import LitLM
 
     step, validate = LitLM.training_step, LitLM.validation_step
 

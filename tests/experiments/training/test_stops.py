@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.callbacks import RunLog
-from experiments.checkpoint_files import AtomicCheckpointIO
-from experiments.config import plain
-from experiments.entry import RunFailed
-from experiments.fit import attempt, fit
-from experiments.run_dir import RunDir, write_json
-from experiments.trained_model import read_checkpoint
+from experiments.config.entry import RunFailed
+from experiments.config.identity import plain
+from experiments.runs.checkpoints.files import AtomicCheckpointIO
+from experiments.runs.run_dir import RunDir
+from experiments.runs.trained_model import read_checkpoint
+from experiments.system.files import write_json
+from experiments.training.fit import attempt, fit
+from experiments.training.run_log import RunLog
 
 from ...small_runs import FAMILIES, close, freeze_in, rows, same, weights
 
@@ -157,7 +158,7 @@ def test_a_loss_that_turns_nan_stops_and_keeps_the_last_good_checkpoint(
     freeze: Callable[..., RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = freeze("checkpoint_every_min=1e-9", "log_every=7")
-    from experiments.lit_lm import LitLM
+    from experiments.training.module import LitLM
 
     original = LitLM.training_step
 

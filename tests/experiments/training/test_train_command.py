@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.run_dir import RunDir
+from experiments.runs.run_dir import RunDir
 from experiments.train import train
 
 from ...small_runs import ROOT, command, freeze_in, rows, same, weights

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from experiments.entry import one_line
-from experiments.fit import attempt, fit
-from experiments.run_dir import RunDir
-from experiments.trained_model import load_model
+from experiments.config.entry import one_line
+from experiments.runs.run_dir import RunDir
+from experiments.runs.trained_model import load_model
+from experiments.training.fit import attempt, fit
 from models.language_model import LanguageModel
 
 from ...small_runs import FAMILIES, close, rows, weights

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from experiments.claim import Claim
+from experiments.system.locks import Claim
 
 folder = Path(sys.argv[1])
 
@@ -33,7 +33,7 @@ log("start")
 if (folder / "result.json").exists():
     log("again")
 
-from experiments import fit  # noqa: E402  # seconds later
+from experiments import fit  # noqa: E402
 
 fit.main()
 log("done")

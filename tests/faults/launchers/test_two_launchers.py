@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-FAKE = Path(__file__).resolve().parents[2] / "experiments" / "fake_fit.py"
+FAKE = Path(__file__).resolve().parents[2] / "experiments" / "sweeps" / "fake_fit.py"
 
 
 @pytest.mark.slow

@@ -1,0 +1,163 @@
+"""Names, freezing and refusing of run directories."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.config.identity import config_difference, config_hash, run_tag
+from experiments.config.targets import check_targets
+from experiments.runs.run_dir import RunDir, find_runs
+from experiments.runs.trained_model import model_weights, read_checkpoint
+from experiments.system.files import write_json, write_text
+
+
+def config(runs: Path, **changes: object) -> DictConfig:
+    base = {
+        "suite": "s",
+        "seed": 0,
+        "model": {"name": "m", "net": {"_target_": "models.rwkv4.RWKV4", "n_layer": 1}},
+        "micro_batch_size": 4,
+        "lr": 1.0,
+        "paths": {"runs": str(runs)},
+    }
+    return OmegaConf.create(base | changes)
+
+
+def test_tag_names_what_is_computed_and_nothing_else() -> None:
+    assert run_tag([], 3) == "seed=3"
+    assert (
+        run_tag(["suite=x", "model=y", "seed=3", "micro_batch_size=2", "logger=wandb"], 3)
+        == "seed=3"
+    )
+    assert (
+        run_tag(["trainer=ddp", "trainer.devices=2", "n_threads=1", "loss=chunked"], 0) == "seed=0"
+    )
+    assert run_tag(["budget_tokens=5e6"], 0) == run_tag(["budget_tokens=5_000_000"], 0)
+    assert run_tag(["ctx_len=64", "batch_size=2"], 0) == "seed=0,batch_size=2,ctx_len=64"
+    assert run_tag(["ctx_len=32", "+ctx_len=64"], 0) == "seed=0,ctx_len=64"  # the last counts
+
+
+def test_tags_of_different_overrides_differ_and_stay_in_their_folder() -> None:
+    tags = [
+        run_tag([f"data.source.paths={path}"], 0)
+        for path in ("a/b", "a-b", "a b", "../../b", "/etc/passwd", "x" * 300, "x" * 301)
+    ]
+    assert len(set(tags)) == len(tags)
+    assert run_tag(["data.source.paths=a/b"], 1) == tags[0].replace("seed=0", "seed=1")
+    for tag in tags:
+        assert "/" not in tag
+        assert len(tag) <= 100
+
+
+def test_same_config_again_is_the_same_directory(tmp_path: Path) -> None:
+    first = RunDir.freeze(config(tmp_path), ["lr=1.0"])
+    assert first.path == tmp_path / "s" / "m" / "seed=0,lr=1"
+    assert RunDir.freeze(config(tmp_path), ["lr=1.0"]).path == first.path
+    assert not first.finished
+    assert first.manifest == {}
+
+
+def test_another_config_is_refused_once_something_was_trained(tmp_path: Path) -> None:
+    run = RunDir.freeze(config(tmp_path), [])
+    RunDir.freeze(config(tmp_path, lr=2.0), [])  # nothing trained yet: simply frozen anew
+    (run.path / "checkpoints").mkdir()
+    (run.path / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(ValueError, match=r"belongs to another config \(lr: 2.0 -> 3.0\)"):
+        RunDir.freeze(config(tmp_path, lr=3.0), [])
+    RunDir.freeze(config(tmp_path, lr=2.0, micro_batch_size=1), [])  # how, not what
+
+
+def test_difference_and_hash_ignore_how_a_run_is_executed() -> None:
+    a = {"lr": 1, "trainer": {"devices": 1}, "model": {"net": {"n": 1}}}
+    b = {"lr": 1, "trainer": {"devices": 8}, "model": {"net": {"n": 1}}}
+    assert config_difference(a, b) == []
+    assert config_hash(a) == config_hash(b)
+    assert config_difference(a, a | {"new": 1}) == []  # of another version of the suite
+    b["lr"] = 2
+    assert config_difference(a, b) == ["lr: 1 -> 2"]
+    assert config_hash(a) != config_hash(b)
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "", ".", "a b"])
+def test_names_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="cannot name a folder"):
+        RunDir.freeze(config(tmp_path, suite=name), [])
+
+
+def test_foreign_targets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"os\.system"):
+        check_targets({"a": [{"b": {"_target_": "os.system"}}]})
+    run = RunDir.freeze(config(tmp_path), [])
+    text = (run.path / "config.yaml").read_text().replace("models.rwkv4.RWKV4", "builtins.eval")
+    (run.path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"builtins\.eval"):
+        _ = RunDir(run.path).config
+
+
+def test_missing_values_are_named(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="lr"):
+        RunDir.freeze(config(tmp_path, lr="???"), [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_not_a_run_directory(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no config\.yaml"):
+        RunDir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no run directory matches"):
+        find_runs(str(tmp_path / "*"))
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="not readable YAML"):
+        _ = RunDir(tmp_path).config
+
+
+def test_find_runs_takes_globs_and_lists(tmp_path: Path) -> None:
+    for seed in range(3):
+        RunDir.freeze(config(tmp_path, seed=seed), [])
+    assert len(find_runs(str(tmp_path / "s" / "*" / "*"))) == 3
+    two = [str(tmp_path / "s/m/seed=0"), str(tmp_path / "s/m/seed=[01]")]
+    assert [run.path.name for run in find_runs(two)] == ["seed=0", "seed=1"]
+
+
+def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="nan"):
+        write_json(path, {"a": float("nan")})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\ud800")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    run = RunDir.freeze(config(tmp_path), [])
+    with run.claim(), pytest.raises(ValueError, match="another process"), run.claim():
+        pass
+    with run.claim():  # and it is free again
+        pass
+
+
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return os.system, ("true",)
+
+
+def test_checkpoints_run_no_code(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    torch.save({"state_dict": {"model.a": torch.ones(1)}, "x": Bomb()}, path)
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        read_checkpoint(path)
+    torch.save({"state_dict": {"model.a": torch.ones(1)}}, path)
+    assert model_weights(read_checkpoint(path), path)["a"] == 1
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        read_checkpoint(path)
+    torch.save({}, path)
+    with pytest.raises(ValueError, match="no model weights"):
+        model_weights(read_checkpoint(path), path)

@@ -1,0 +1,290 @@
+"""chunk_len: a sequence read in chunks gives the loss and the gradients of the whole sequence."""
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+
+from experiments.config.checks import check_config
+from experiments.config.entry import CONF_DIR
+from experiments.config.identity import (
+    config_difference,
+    config_hash,
+    execution_keys,
+    plain,
+    run_tag,
+)
+from experiments.runs.metrics import MetricsFile
+from experiments.runs.run_dir import RunDir
+from experiments.training.fit import fit
+from experiments.training.loss import IGNORE
+from experiments.training.module import LitLM
+from models.gpt import GPT
+from models.language_model import LanguageModel
+from models.rwkv4 import RWKV4
+
+V, B, T = 17, 3, 23  # 23 tokens in chunks of 8: the last one is shorter
+
+BUILD: dict[str, Callable[..., LanguageModel]] = {
+    "rwkv4": lambda **more: RWKV4(V, n_layer=2, n_embd=12, ctx_len=64, **more),
+    "gpt": lambda **more: GPT(V, n_layer=2, n_embd=16, n_head=2, ctx_len=64, **more),
+}
+SMALL = ["data=text", "debug=smoke", "trainer=cpu", "n_threads=1", "data.val_tokens=70000"]
+
+
+def lit(model: LanguageModel, **options: Any) -> LitLM:
+    return LitLM(model, make_optimizer=None, schedule=None, total_steps=1, **options)  # type: ignore[arg-type]
+
+
+def build(family: str, dtype: torch.dtype = torch.float64, **more: Any) -> LanguageModel:
+    """A model whose every weight is random, none of them zero."""
+    model = BUILD[family](**more)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 0.5
+            parameter.copy_(scale * torch.randn(parameter.shape))
+    return model.to(dtype).train()
+
+
+def batch(length: int = T) -> tuple[Tensor, Tensor]:
+    ids, targets = torch.randint(V, (2, B, length))
+    targets[0, :9] = targets[2, -3:] = IGNORE  # a chunk of row 0 has no target at all
+    return ids, targets
+
+
+def gradients(module: LitLM, ids_and_targets: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """The loss, what is logged as such, and the gradient of every parameter."""
+    module.micro_losses.clear()
+    module.zero_grad()
+    loss = module.training_step(ids_and_targets, 0)
+    loss.backward()
+    found = [p.grad for p in module.model.parameters()]
+    assert all(g is not None for g in found)
+    return [loss.detach(), *module.micro_losses, *(g.clone() for g in found if g is not None)]
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "chunked"}, {"penalty": 0.1}], ids=str)
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+@pytest.mark.parametrize("family", BUILD)
+def test_gradients_are_those_of_the_whole_sequence(
+    family: str, grad_checkpoint: bool, options: dict[str, Any]
+) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        model, given = build(family, dtype, grad_checkpoint=grad_checkpoint), batch()
+        whole = gradients(lit(model, **options), given)
+        for chunk_len in (8, 1, T):
+            parts = gradients(lit(model, chunk_len=chunk_len, **options), given)
+            worst = max(relative(a, b) for a, b in zip(parts, whole, strict=True))
+            assert worst < tolerance, (dtype, chunk_len)
+
+
+@pytest.mark.parametrize("family", BUILD)
+def test_gradients_under_autocast(family: str) -> None:
+    """bfloat16 rounds the same values in both; what differs is the order of a few sums."""
+    model, given = build(family, torch.float32), batch()
+    exact = gradients(lit(model), given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = gradients(lit(model), given)
+        parts = gradients(lit(model, chunk_len=8), given)
+    assert parts[0].dtype == torch.float32
+    for part, one, true in zip(parts, whole, exact, strict=True):
+        assert relative(part, true) < 0.01 + 2 * relative(one, true)
+
+
+@pytest.mark.parametrize("family", BUILD)
+def test_truncated_is_the_gradient_with_the_state_detached(family: str) -> None:
+    model, (ids, targets) = build(family), batch()
+    cut = gradients(lit(model, chunk_len=8, truncated=True), (ids, targets))
+    model.zero_grad()
+    state, nats = model.init_state(B), torch.zeros((), dtype=torch.float64)
+    for start in range(0, T, 8):
+        piece = slice(start, start + 8)
+        x, after = model.features(ids[:, piece], {k: v.detach() for k, v in state.items()})
+        assert after is not None
+        state = after
+        nats = nats + torch.nn.functional.cross_entropy(
+            model.head(x).flatten(0, 1),
+            targets[:, piece].flatten(),
+            reduction="sum",
+            ignore_index=IGNORE,
+        )
+    (nats / (targets != IGNORE).sum()).backward()
+    by_hand = [p.grad for p in model.parameters()]
+    for a, b in zip(cut[2:], by_hand, strict=True):
+        assert b is not None
+        assert relative(a, b) < 1e-10
+    whole = gradients(lit(model, chunk_len=8), (ids, targets))
+    assert relative(cut[0], whole[0]) < 1e-12  # the same loss
+    assert max(relative(a, b) for a, b in zip(cut[2:], whole[2:], strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("loss", ["full", "chunked"])
+@pytest.mark.parametrize("family", BUILD)
+def test_validation_is_that_of_the_whole_sequence(family: str, loss: str) -> None:
+    model, given = build(family), batch()
+    lengths, sums = [], []
+    original = model.features
+
+    def spy(ids: Tensor, state: Any = None) -> Any:
+        lengths.append(ids.shape[1])
+        return original(ids, state)
+
+    model.features = spy  # type: ignore[method-assign]
+    for chunk_len in (None, 8):
+        module = lit(model, loss=loss, chunk_len=chunk_len, token_bytes=torch.arange(V))
+        module.on_validation_epoch_start()
+        with torch.no_grad():
+            module.validation_step(given, 0)
+        sums.append(module.val_sums)
+    assert lengths == [T, 8, 8, 7]
+    assert sums[1] == pytest.approx(sums[0], rel=1e-12)
+    assert sums[0][1] == (given[1] != IGNORE).sum()
+
+
+PEAK = """
+import ctypes, sys, torch
+from experiments.bench_measure import M_MMAP_THRESHOLD
+from experiments.lit_lm import LitLM
+from experiments.manifest import peak_resident_bytes
+from models.rwkv4 import RWKV4
+ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+torch.set_num_threads(1)
+T, chunk_len = int(sys.argv[1]), int(sys.argv[2]) or None
+model = RWKV4(32, n_layer=2, n_embd=64, ctx_len=T, n_ffn=256)
+module = LitLM(model, None, None, 1, chunk_len=chunk_len)
+def step(T):
+    ids, targets = torch.randint(32, (2, 1, T))
+    module.training_step((ids, targets), 0).backward()
+    module.on_validation_epoch_start()
+    with torch.no_grad():
+        module.validation_step((ids, targets), 0)
+step(256)
+before = peak_resident_bytes()
+step(T)
+print(peak_resident_bytes() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="tells glibc what to do")
+def test_peak_memory_does_not_grow_with_the_sequence() -> None:
+    """Above a short step, in fresh processes: activations are about 14 kB a token here.
+
+    Freed blocks return to the system at once, or holes in the heap would count as well.
+    """
+
+    def peak(length: int, chunk_len: int) -> int:
+        args = [sys.executable, "-c", PEAK, str(length), str(chunk_len)]
+        return int(subprocess.run(args, capture_output=True, text=True, check=True).stdout)
+
+    short, long, whole = peak(2048, 1024), peak(16384, 1024), peak(16384, 0)
+    assert whole > 150e6  # else this test measures nothing
+    assert long < short + 0.05 * whole
+
+
+def frozen(runs: Path, *overrides: str) -> RunDir:
+    text = runs.parent / "a.txt"
+    if not text.exists():
+        text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(12000)))
+    given = [
+        *SMALL,
+        f"data.source.paths={text}",
+        f"paths.runs={runs}",
+        f"paths.data={runs.parent / 'data'}",
+        *overrides,
+    ]
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return RunDir.freeze(compose("train", overrides=given), overrides)
+
+
+@pytest.mark.slow
+def test_a_long_context_trains(tmp_path: Path) -> None:
+    long = ["model=rwkv4_pico", "ctx_len=65536", "batch_size=1", "budget_tokens=131072"]
+    run = frozen(tmp_path / "runs", *long, "chunk_len=2048", "data.source.val_fraction=0.25")
+    fit(run)
+    assert run.result is not None
+    assert run.result["step"] == 2
+    assert run.result["val/loss"] < 5.5
+
+
+@pytest.mark.parametrize("model", ["rwkv4_nano", "gpt_nano"])
+def test_a_run_in_chunks_is_the_run_without(tmp_path: Path, model: str) -> None:
+    """The trainer, with accumulated micro-batches: the same rows, in the same directory."""
+    losses = []
+    for runs, extra in (("whole", []), ("parts", ["chunk_len=24"])):
+        few = [f"model={model}", "budget_tokens=1024", "micro_batch_size=2", "ctx_len=64"]
+        run = frozen(tmp_path / runs, *few, "data.val_tokens=500", *extra)
+        fit(run)
+        metrics = MetricsFile(run.path / "metrics.csv")
+        losses.append([v for name in ("train/loss", "val/loss") for _, v in metrics.column(name)])
+        assert run.path.name.count("chunk_len") == 0
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+@pytest.mark.parametrize("family", BUILD)
+def test_compiled_blocks_take_a_state(family: str) -> None:
+    model, given = build(family, torch.float32), batch()
+    whole = gradients(lit(model), given)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.blocks[-1].compile()
+    for _ in range(2):
+        parts = gradients(lit(model, chunk_len=8), given)
+        assert max(relative(a, b) for a, b in zip(parts, whole, strict=True)) < 1e-4
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+
+
+def composed(*overrides: str) -> Any:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["chunk_len=0"], "chunk_len is 0: it must be 1 or more"),
+        (["chunk_len=2.5"], "chunk_len is 2.5: it must be a whole number"),
+        (["chunk_len=many"], "chunk_len is 'many': it must be a whole number"),
+        (["backprop=some"], "backprop is 'some': choose full, truncated"),
+        (["backprop=truncated"], "backprop=truncated cuts gradients between chunks: set chunk_len"),
+    ],
+)
+def test_bad_values_are_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + message.replace(".", r"\.") + "$"):
+        check_config(composed(*overrides))
+
+
+def test_chunks_count_as_another_config_only_where_they_change_the_gradients() -> None:
+    whole = plain(composed())
+    parts = plain(composed("chunk_len=64"))
+    cut = plain(composed("chunk_len=64", "backprop=truncated"))
+    finer = plain(composed("chunk_len=32", "backprop=truncated"))
+    earlier = {k: v for k, v in whole.items() if k not in ("chunk_len", "backprop")}
+    assert config_hash(whole) == config_hash(parts) == config_hash(earlier)
+    assert len({config_hash(c) for c in (whole, cut, finer)}) == 3
+    assert config_difference(whole, parts) == config_difference(earlier, parts) == []
+    assert "backprop: full -> truncated" in config_difference(parts, cut)
+    assert config_difference(cut, finer) == ["chunk_len: 64 -> 32"]
+    asked = ["chunk_len=64", "backprop=truncated"]
+    assert run_tag(asked, 0, execution_keys(parts)) == "seed=0"
+    assert run_tag(asked, 0, execution_keys(cut)) == "seed=0,backprop=truncated,chunk_len=64"
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONF_DIR / "data").glob("*.yaml")))
+def test_every_data_config_holds_out_enough_for_a_long_context(name: str) -> None:
+    assert composed(f"data={name}").data.val_tokens > 65536
