@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.gpt import GPT, ROTARY_BASE
+from models.gpt.model import GPT, ROTARY_BASE
 from models.language_model import LanguageModel
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 
 Shapes = Mapping[str, Sequence[int]]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from models.gpt import GPT
+from models.gpt.model import GPT
 from models.language_model import LanguageModel, count_parameters
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 
 MEASURES: dict[str, Callable[[LanguageModel], int]] = {
     "total": lambda model: count_parameters(model)["total"],

@@ -57,7 +57,7 @@ def test_no_drawer_for_odds_and_ends() -> None:
 def test_models_import_alone() -> None:
     """The library part works where only torch is installed: nothing else gets imported."""
     code = (
-        "import sys, models.rwkv4, models.gpt, models.sizing, models.generation\n"
+        "import sys, models.rwkv4.model, models.gpt.model, models.sizing, models.generation\n"
         "bad = {'lightning', 'hydra', 'pandas', 'lm_eval', 'transformers'} & set(sys.modules)\n"
         "assert not bad, bad"
     )

@@ -18,9 +18,9 @@ from experiments.benchmarks.measure import Report, Row, bar, check_counts, inter
 from experiments.evaluation.prefix_tree import NOTHING, Segment, plan
 from experiments.evaluation.tasks import Tasks
 from models import convert
-from models.gpt import GPT
+from models.gpt.model import GPT
 from models.language_model import LanguageModel
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

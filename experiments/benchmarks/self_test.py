@@ -14,10 +14,10 @@ from torch import Tensor
 from experiments.system.machine import measured_flops
 from experiments.training.module import LitLM
 from experiments.training.optimizer import make_optimizer
-from models.gpt import GPT
+from models.gpt.model import GPT
 from models.language_model import LanguageModel
 from models.ops.wkv import BACKENDS, live_backend, wkv, wkv_reference
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 
 SHAPE = (2, 400, 100)  # B, T, C: not a multiple of any kernel's tile
 # Largest relative RMS error. float32: several times that of the loop itself, whose sums run over

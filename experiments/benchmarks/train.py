@@ -24,10 +24,10 @@ from experiments.benchmarks.measure import (
 )
 from experiments.training.loss import cross_entropy
 from experiments.training.optimizer import make_optimizer
-from models.gpt import GPT
+from models.gpt.model import GPT
 from models.language_model import LanguageModel, count_parameters
 from models.ops.wkv import live_backend
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 from models.sizing import matched_sizes
 
 TOY = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64, "ctx_len": 8, "batch_size": 2}

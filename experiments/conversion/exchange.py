@@ -29,8 +29,9 @@ from experiments.data.tokenizer import END_OF_TEXT, JsonTokenizer, Tokenizer, re
 from experiments.runs.run_dir import RunDir
 from experiments.runs.trained_model import model_weights
 from experiments.system.files import write_json, write_text
-from models import convert, rescale
+from models import convert
 from models.language_model import LanguageModel, count_parameters
+from models.rwkv4 import rescale
 
 CTX_LEN = 1024  # what the released RWKV-4 files were first trained at; a `.pth` does not say
 

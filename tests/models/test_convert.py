@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, RwkvConfig, RwkvForCausalLM
 
-from models import convert, rescale
-from models.gpt import GPT
+from models import convert
+from models.gpt.model import GPT
 from models.language_model import LanguageModel
-from models.rwkv4 import RWKV4
+from models.rwkv4 import rescale
+from models.rwkv4.model import RWKV4
 
 RWKV_NET = {"vocab_size": 50, "n_layer": 3, "n_embd": 16, "n_ffn": 40, "ctx_len": 32}
 GPT_NET = RWKV_NET | {"n_head": 2, "rotary_pct": 0.25}

@@ -14,9 +14,9 @@ from models.generation import (
     reset_rows,
     sample,
 )
-from models.gpt import GPT
+from models.gpt.model import GPT
 from models.language_model import LanguageModel, State, select_rows
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 
 V = 37
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11], [12, 13, 14]]

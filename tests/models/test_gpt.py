@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.gpt import GPT
+from models.gpt.model import GPT
 
 
 def test_initialisation() -> None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.gpt import GPT
+from models.gpt.model import GPT
 from models.language_model import LanguageModel
 from models.ops import cpu
 from models.ops.linear import Linear, linear, round_matrices
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 2e-6  # relative, of sums in float32

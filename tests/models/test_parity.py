@@ -14,8 +14,8 @@ from transformers import (
     RwkvPreTrainedModel,
 )
 
-from models.gpt import GPT
-from models.rwkv4 import RWKV4
+from models.gpt.model import GPT
+from models.rwkv4.model import RWKV4
 
 RWKV_NAMES = {
     "emb": "rwkv.embeddings",

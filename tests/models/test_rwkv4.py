@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from models.ops.shift import GatedLinear, ShiftLinear, SquaredReLU
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 
 V, L, C = 300, 3, 48
 

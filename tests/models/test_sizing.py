@@ -8,9 +8,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.gpt import GPT
+from models.gpt.model import GPT
 from models.language_model import LanguageModel, count_parameters
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 from models.sizing import MEASURES, matched_gpt, matched_sizes
 
 CONF = Path(__file__).parents[2] / "conf" / "model"

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from models import gpt
-from models.gpt import GPT
+from models.gpt.model import GPT
 from models.language_model import LanguageModel, State, select_rows
 from models.ops import build, cpu
 from models.ops.linear import round_matrices
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 
 V, CTX = 61, 40
 

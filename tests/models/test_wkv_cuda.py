@@ -20,7 +20,7 @@ from torch import Tensor
 from models import rwkv4
 from models.ops import build, cpu, cuda
 from models.ops.wkv import wkv, wkv_reference
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")

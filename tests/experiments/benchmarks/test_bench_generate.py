@@ -18,17 +18,17 @@ from experiments.config.entry import CONF_DIR
 from experiments.runs.run_dir import RunDir
 from experiments.runs.trained_model import load_model
 from experiments.system.files import write_json
-from models.gpt import GPT
+from models.gpt.model import GPT
 from models.language_model import State
 
 RWKV_NET = {
-    "_target_": "models.rwkv4.RWKV4",
+    "_target_": "models.rwkv4.model.RWKV4",
     "vocab_size": 256,
     "n_layer": 2,
     "n_embd": 8,
     "ctx_len": 32,
 }
-GPT_NET = RWKV_NET | {"_target_": "models.gpt.GPT", "n_head": 2, "rotary_pct": 0.5}
+GPT_NET = RWKV_NET | {"_target_": "models.gpt.model.GPT", "n_head": 2, "rotary_pct": 0.5}
 
 
 def make_run(root: Path, name: str, net: dict[str, Any]) -> RunDir:

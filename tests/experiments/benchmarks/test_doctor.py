@@ -17,7 +17,7 @@ import torch
 from experiments import doctor
 from experiments.benchmarks import self_test
 from experiments.benchmarks.self_test import Rung
-from models.gpt import GPT
+from models.gpt.model import GPT
 from models.ops import cpu
 from models.ops.wkv import wkv
 

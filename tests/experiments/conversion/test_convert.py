@@ -27,9 +27,9 @@ from experiments.runs.run_dir import RunDir, find_runs
 from experiments.runs.trained_model import load_model, read_checkpoint
 from experiments.system.files import write_text
 from models.generation import generate
-from models.gpt import GPT
+from models.gpt.model import GPT
 from models.language_model import LanguageModel
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 
 ROOT = CONF_DIR.parent
 FAMILIES = pytest.mark.parametrize("family", ["rwkv4", "gpt"])

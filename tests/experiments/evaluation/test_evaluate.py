@@ -21,10 +21,10 @@ from experiments.evaluation.tasks import Tasks
 from experiments.runs.run_dir import RunDir
 from experiments.runs.trained_model import load_model
 from experiments.system.files import write_json
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 
 NET = {
-    "_target_": "models.rwkv4.RWKV4",
+    "_target_": "models.rwkv4.model.RWKV4",
     "vocab_size": 256,
     "n_layer": 1,
     "n_embd": 16,

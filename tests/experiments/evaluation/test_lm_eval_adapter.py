@@ -15,10 +15,10 @@ from experiments.data.tokenizer import BytesTokenizer, JsonTokenizer, Tokenizer
 from experiments.evaluation.adapter import LanguageModelLM
 from experiments.evaluation.options import GenerationOptions
 from experiments.evaluation.scoring import Scorer
-from models.gpt import GPT
+from models.gpt.model import GPT
 from models.language_model import LanguageModel
 from models.ops.linear import round_matrices
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 
 TEXT = "the cat and the hat and the bat sat on a mat; " * 20
 PAIRS = [

@@ -30,7 +30,7 @@ from experiments.evaluation.squad_metrics import (
 from experiments.evaluation.task_rows import read_jsonl
 from experiments.evaluation.tasks import Tasks
 from experiments.system.files import write_json
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 
 pytestmark = pytest.mark.usefixtures("_small_index")
 
@@ -428,7 +428,9 @@ def run(tmp_path: Path) -> Path:
     net = {"vocab_size": 256, "n_layer": 1, "n_embd": 16, "ctx_len": 64, "wkv_backend": "torch"}
     run = tmp_path / "runs" / "toy" / "rwkv4" / "seed=0"
     (run / "checkpoints").mkdir(parents=True)
-    write_json(run / "config.yaml", {"model": {"net": {"_target_": "models.rwkv4.RWKV4", **net}}})
+    write_json(
+        run / "config.yaml", {"model": {"net": {"_target_": "models.rwkv4.model.RWKV4", **net}}}
+    )
     weights = {f"model.{k}": v for k, v in RWKV4(**net).state_dict().items()}  # type: ignore[arg-type]
     torch.save({"state_dict": weights}, run / "checkpoints" / "last.ckpt")
     (run / "tokenizer.json").write_text(BytesTokenizer().to_json())

@@ -22,10 +22,10 @@ from experiments.runs.run_dir import RunDir
 from experiments.runs.trained_model import load_model, load_tokenizer
 from experiments.system import ranks
 from experiments.system.files import write_json
-from models.gpt import GPT
+from models.gpt.model import GPT
 
 NET = {
-    "_target_": "models.gpt.GPT",
+    "_target_": "models.gpt.model.GPT",
     "vocab_size": 256,
     "n_layer": 1,
     "n_embd": 16,

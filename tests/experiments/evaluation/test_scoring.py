@@ -10,9 +10,9 @@ from torch import nn
 
 from experiments.evaluation.prefix_tree import NOTHING, Segment, Tokens, plan
 from experiments.evaluation.scoring import SMALL_PASS, Scorer, batched
-from models.gpt import GPT
+from models.gpt.model import GPT
 from models.language_model import LanguageModel
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 
 V, CTX = 32, 40
 Pair = tuple[Tokens, Tokens]

@@ -29,8 +29,8 @@ from experiments.evaluation.held_out_tasks import (
     cloze,
     stretches,
 )
-from models.gpt import GPT
-from models.rwkv4 import RWKV4
+from models.gpt.model import GPT
+from models.rwkv4.model import RWKV4
 
 # every word occurs once, so that a piece of this text says where it is from
 NUMBERED = " ".join(f"word{i:06d}" for i in range(12_000))

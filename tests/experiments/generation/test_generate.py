@@ -26,13 +26,13 @@ from models.generation import Past, prefill
 from models.generation import generate as generate_ids
 
 RWKV_NET = {
-    "_target_": "models.rwkv4.RWKV4",
+    "_target_": "models.rwkv4.model.RWKV4",
     "vocab_size": 256,
     "n_layer": 2,
     "n_embd": 32,
     "ctx_len": 64,
 }
-GPT_NET = RWKV_NET | {"_target_": "models.gpt.GPT", "n_head": 2}
+GPT_NET = RWKV_NET | {"_target_": "models.gpt.model.GPT", "n_head": 2}
 
 
 def make_run(root: Path, net: dict[str, Any], seed: int = 0) -> RunDir:

@@ -19,7 +19,7 @@ def config(runs: Path, **changes: object) -> DictConfig:
     base = {
         "suite": "s",
         "seed": 0,
-        "model": {"name": "m", "net": {"_target_": "models.rwkv4.RWKV4", "n_layer": 1}},
+        "model": {"name": "m", "net": {"_target_": "models.rwkv4.model.RWKV4", "n_layer": 1}},
         "micro_batch_size": 4,
         "lr": 1.0,
         "paths": {"runs": str(runs)},
@@ -92,7 +92,9 @@ def test_foreign_targets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"os\.system"):
         check_targets({"a": [{"b": {"_target_": "os.system"}}]})
     run = RunDir.freeze(config(tmp_path), [])
-    text = (run.path / "config.yaml").read_text().replace("models.rwkv4.RWKV4", "builtins.eval")
+    text = (
+        (run.path / "config.yaml").read_text().replace("models.rwkv4.model.RWKV4", "builtins.eval")
+    )
     (run.path / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"builtins\.eval"):
         _ = RunDir(run.path).config

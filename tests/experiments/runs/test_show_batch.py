@@ -18,7 +18,7 @@ from experiments.data.tokenizer import BytesTokenizer
 from experiments.runs.run_dir import RunDir
 from experiments.show_batch import END_OF_TEXT, batch, data_of, readable, show
 from experiments.system.files import write_json
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -69,8 +69,8 @@ CONFIGS: dict[str, Callable[[Config], Config]] = {
     "class of ours of another kind": lambda c: named(c, "experiments.evaluation.journal.Journal"),
     "what a module imports": lambda c: named(c, "experiments.fit.RunDir", path="."),
     "model that a module imports": lambda c: changed(c, model__net___target_="models.sizing.RWKV4"),
-    "method": lambda c: named(c, "models.rwkv4.RWKV4.load_state_dict"),
-    "dunder": lambda c: named(c, "models.rwkv4.__loader__.exec_module"),
+    "method": lambda c: named(c, "models.rwkv4.model.RWKV4.load_state_dict"),
+    "dunder": lambda c: named(c, "models.rwkv4.model.__loader__.exec_module"),
     "private": lambda c: named(c, "models.sizing._name", architecture="x"),
     "hydra": lambda c: named(c, "hydra.utils.get_object", path="os.system"),
     "lightning": lambda c: named(c, "lightning.pytorch.loggers.CSVLogger", save_dir="canary"),
@@ -81,7 +81,7 @@ CONFIGS: dict[str, Callable[[Config], Config]] = {
         c, model__net__n_layer={"_target_": "os.system", "command": TOUCH}
     ),
     "target of ours in an argument": lambda c: changed(
-        c, model__net__n_layer={"_target_": "models.rwkv4.RWKV4"}
+        c, model__net__n_layer={"_target_": "models.rwkv4.model.RWKV4"}
     ),
     "target in a list": lambda c: changed(
         c, model__net__n_layer=[{"_target_": "os.system", "command": TOUCH}]

@@ -14,8 +14,8 @@ from models.language_model import LanguageModel
 
 def test_every_target_of_conf_is_allowed_and_nothing_else_of_its_module() -> None:
     for target, kind in (
-        ("models.rwkv4.RWKV4", LanguageModel),
-        ("models.gpt.GPT", LanguageModel),
+        ("models.rwkv4.model.RWKV4", LanguageModel),
+        ("models.gpt.model.GPT", LanguageModel),
         ("models.sizing.matched_gpt", LanguageModel),
         ("experiments.data.sources.Stdlib", TextSource),
         ("experiments.data.records.HuggingFace", TextSource),
@@ -36,7 +36,7 @@ def test_a_new_model_is_allowed_without_an_edit(
     import models
     from experiments.config import targets
 
-    code = "from models.gpt import GPT\n\n\nclass Mine(GPT):\n    pass\n"
+    code = "from models.gpt.model import GPT\n\n\nclass Mine(GPT):\n    pass\n"
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "mine.py").write_text(code)
     monkeypatch.setattr(targets, "ROOT", tmp_path)

@@ -27,9 +27,9 @@ from experiments.runs.run_dir import RunDir
 from experiments.training.fit import fit
 from experiments.training.loss import IGNORE
 from experiments.training.module import LitLM
-from models.gpt import GPT
+from models.gpt.model import GPT
 from models.language_model import LanguageModel
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 
 V, B, T = 17, 3, 23  # 23 tokens in chunks of 8: the last one is shorter
 
@@ -158,7 +158,7 @@ import ctypes, sys, torch
 from experiments.bench_measure import M_MMAP_THRESHOLD
 from experiments.lit_lm import LitLM
 from experiments.manifest import peak_resident_bytes
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
 torch.set_num_threads(1)
 T, chunk_len = int(sys.argv[1]), int(sys.argv[2]) or None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments.training.optimizer import ConstantThenExponential, WarmupCosine, make_optimizer
-from models.rwkv4 import RWKV4
+from models.rwkv4.model import RWKV4
 
 RECIPE = {"betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.1, "lr_scale": False}
 
