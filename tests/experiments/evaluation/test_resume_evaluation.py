@@ -236,10 +236,10 @@ def test_two_processes_give_what_one_gives(run: RunDir, paper_pack: Path) -> Non
 
 
 def test_lm_eval_finds_runs_under_its_own_name_for_them(run: RunDir) -> None:
-    import experiments.lm_eval_cli  # noqa: F401, registers
     from lm_eval.api.instance import Instance
     from lm_eval.api.registry import get_model
 
+    import experiments.evaluation.lm_eval_cli  # noqa: F401, registers
     from experiments.evaluation.adapter import LanguageModelLM
 
     chosen = f"run={run.path},prefix=newline,dtype=bfloat16"

@@ -27,7 +27,7 @@ from experiments.system.machine import gpu_names
 ROOT = Path(__file__).resolve().parents[3]
 FAKE = [sys.executable, str(Path(__file__).parent / "fake_fit.py")]
 LAUNCH = (
-    f"from experiments import cell; cell.COMMAND = {FAKE!r}; "
+    f"from experiments.sweeps import trial; trial.COMMAND = {FAKE!r}; "
     "from experiments.train import main; main()"
 )
 TWO = ["model=gpt_pico", "seed=0,1"]

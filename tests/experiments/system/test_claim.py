@@ -19,7 +19,7 @@ from experiments.system.locks import Claim, RunLocked, holder, newest
 HOLD = """
 import sys, time
 from pathlib import Path
-from experiments import claim
+from experiments.system import locks as claim
 claim.BEAT_S = 0.05
 with claim.Claim.take(Path(sys.argv[1])):
     print("held", flush=True)

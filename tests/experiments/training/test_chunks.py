@@ -155,9 +155,9 @@ def test_validation_is_that_of_the_whole_sequence(family: str, loss: str) -> Non
 
 PEAK = """
 import ctypes, sys, torch
-from experiments.bench_measure import M_MMAP_THRESHOLD
-from experiments.lit_lm import LitLM
-from experiments.manifest import peak_resident_bytes
+from experiments.benchmarks.measure import M_MMAP_THRESHOLD
+from experiments.training.module import LitLM
+from experiments.system.machine import peak_resident_bytes
 from models.rwkv4.model import RWKV4
 ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
 torch.set_num_threads(1)
