@@ -32,7 +32,10 @@ class Storm:
         self.log.touch()
         self.given = [*CELLS, "suite=s", f"paths.runs={folder / 'runs'}", "trainer=cpu", *overrides]
         command = [sys.executable, str(fit)]
-        self.code = f"from experiments import train; from experiments.sweeps import trial; trial.COMMAND = {command!r}; train.main()"
+        self.code = (
+            "from experiments import train; from experiments.sweeps import trial; "
+            f"trial.COMMAND = {command!r}; train.main()"
+        )
 
     def start(self, *overrides: str) -> subprocess.Popen[bytes]:
         """Launch the sweep."""
