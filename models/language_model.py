@@ -17,6 +17,9 @@ class LanguageModel(nn.Module):
     """A causal language model over token ids; subclasses set the modules and fill in the rest."""
 
     family: ClassVar[str]
+    # How it runs, not what it computes; may be set at any time.
+    backend = "auto"  # of its operators, for those that have several
+    grad_checkpoint = False  # True: run each block again in the backward pass
     # Learning-rate multipliers by the last part of a parameter's name.
     lr_scales: ClassVar[dict[str, float]] = {}
 
@@ -49,6 +52,14 @@ class LanguageModel(nn.Module):
     def init_state(self, batch_size: int, n_pad: Tensor | None = None) -> State:
         """The state before any token; the first n_pad[b] positions of row b leave no trace."""
         raise NotImplementedError
+
+    def live_backend(self, device: torch.device) -> str | None:
+        """The backend that its operators run on; None for a family without any to choose from.
+
+        Raises:
+            ValueError: if `backend` names one that cannot be had.
+        """
+        return None
 
     def matmul_flops_per_token(self, ctx_len: int) -> int:
         """FLOPs of one forward pass's matrix products, per token; a multiply-add counts two."""

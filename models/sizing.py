@@ -1,68 +1,89 @@
-"""Make one model the size of another by solving for the width of its feed-forward part.
+"""Sizes: any family is made as large as a reference by solving for one width.
 
-`total` and `non_embedding` match parameters, `flops` the training FLOPs per token at ctx_len.
+A size names a family and a shape; the parameters (or FLOPs) of that model are what every other
+family is solved to, at the same n_layer and n_embd. Nothing is allocated.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from models.gpt.model import GPT
 from models.language_model import LanguageModel, count_parameters
-from models.rwkv4.model import RWKV4
 
 MEASURES: dict[str, Callable[[LanguageModel], int]] = {
-    "total": lambda model: count_parameters(model)["total"],
     "non_embedding": lambda model: count_parameters(model)["non_embedding"],
+    "total": lambda model: count_parameters(model)["total"],
     "flops": lambda model: model.flops_per_token(model.ctx_len),
 }
+SHARED = ("vocab_size", "ctx_len", "n_layer", "n_embd")  # sizes that every family has
 
 
-def matched_sizes(
-    architecture: Callable[..., LanguageModel],
-    target: LanguageModel,
-    by: str = "total",
-    **sizes: Any,
-) -> dict[str, Any]:
-    """Arguments that make `architecture` the size of `target`, `n_ffn` solved for and rounded.
+@dataclass(frozen=True)
+class Match:
+    """A width that was solved for, and how near it comes.
 
-    Sizes not given (vocab_size, ctx_len, n_layer, n_embd) are the target's. Nothing is allocated.
-    Raises ValueError when no n_ffn does it, or when the architecture cannot have these sizes.
+    Attributes:
+        by: the measure, one of `MEASURES`.
+        n_ffn: the width of the feed-forward part.
+        wanted: the measure of the reference.
+        found: the measure of the model with this width.
+    """
+
+    by: str
+    n_ffn: int
+    wanted: int
+    found: int
+
+    @property
+    def deviation(self) -> float:
+        """By how much the model is larger than the reference, as a fraction of it."""
+        return self.found / self.wanted - 1
+
+
+def build_empty(architecture: type[LanguageModel], sizes: Mapping[str, Any]) -> LanguageModel:
+    """A model without memory, of those of the sizes that its architecture has."""
+    known = inspect.signature(architecture).parameters
+    with torch.device("meta"):
+        return architecture(**{name: value for name, value in sizes.items() if name in known})
+
+
+def solve(
+    architecture: type[LanguageModel],
+    settings: Mapping[str, Any],
+    reference: LanguageModel,
+    by: str,
+) -> Match:
+    """The n_ffn that makes an architecture the size of a reference.
+
+    It is rounded to a multiple of 8, of 64 from n_embd 256 on, as fast matrix products like it.
+
+    Args:
+        settings: arguments of the architecture; n_ffn among them is ignored, sizes that are not
+            there (vocab_size, ctx_len, n_layer, n_embd) are the reference's.
+        by: non_embedding or total (parameters), or flops (of a training token at ctx_len).
+
+    Raises:
+        ValueError: if no width does it, or the architecture cannot have these settings.
     """
     if by not in MEASURES:
-        raise ValueError(f"cannot match by {by!r}; choose one of {', '.join(MEASURES)}")
-    shared = ("vocab_size", "ctx_len", "n_layer", "n_embd")
-    sizes = {name: getattr(target, name) for name in shared} | sizes
-    try:
-        inspect.signature(architecture).bind(**sizes)
-    except TypeError as error:
-        raise ValueError(f"cannot match {_name(architecture)}: {error}") from None
-    size, wanted = MEASURES[by], MEASURES[by](target)
-    with torch.device("meta"):
-        at_1, at_2 = (size(architecture(**sizes, n_ffn=n)) for n in (1, 2))
-    per_channel = at_2 - at_1  # every measure is affine in n_ffn
-    n_ffn = round(1 + (wanted - at_1) / per_channel)
-    if n_ffn < 1:
+        raise ValueError(f"match is {by!r}: choose {', '.join(MEASURES)}")
+    sizes = {name: getattr(reference, name) for name in SHARED} | dict(settings)
+    measure, wanted = MEASURES[by], MEASURES[by](reference)
+
+    def at(n_ffn: int) -> int:
+        with torch.device("meta"):
+            return measure(architecture(**sizes | {"n_ffn": n_ffn}))
+
+    step = 64 if sizes["n_embd"] >= 256 else 8
+    smallest = at(step)
+    per_step = at(2 * step) - smallest  # every measure is affine in n_ffn
+    n_ffn = step * round(1 + (wanted - smallest) / per_step)
+    if n_ffn < step:
         raise ValueError(
-            f"{_name(architecture)} with n_layer={sizes['n_layer']} n_embd={sizes['n_embd']} has "
-            f"{at_1:,} {by} at n_ffn=1, more than the {wanted:,} to match; make it smaller"
+            f"{architecture.__name__} with n_layer={sizes['n_layer']} n_embd={sizes['n_embd']} has "
+            f"{smallest:,} {by} at n_ffn={step}, more than the {wanted:,} to match: make it smaller"
         )
-    return sizes | {"n_ffn": n_ffn}
-
-
-def _name(architecture: Callable[..., LanguageModel]) -> str:
-    return getattr(architecture, "__name__", repr(architecture))
-
-
-def matched_gpt(
-    vocab_size: int, ctx_len: int, n_layer: int, n_embd: int, n_head: int, by: str = "total"
-) -> GPT:
-    """The GPT that is the size of RWKV-4 with these sizes.
-
-    Raises ValueError when there is none.
-    """
-    with torch.device("meta"):
-        rwkv = RWKV4(vocab_size, n_layer, n_embd, ctx_len)
-    return GPT(**matched_sizes(GPT, rwkv, by, n_head=n_head))
+    return Match(by, n_ffn, wanted, at(n_ffn))

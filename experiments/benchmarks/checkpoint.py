@@ -49,14 +49,15 @@ def checkpoint(models: list[str], folder: str, repeats: int) -> Report:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             rows.append({"model": cfg.model.name} | saving(cfg, Path(scratch), repeats))
         cost_s = rows[-1]["stands_s"] + rows[-1]["write_cpu_s"]
-        shares.append(cost_s / (60 * cfg.checkpoint_every_min))
+        shares.append(cost_s / (60 * cfg.execution.checkpoint_every_min))
         rows[-1]["share"] = shares[-1]
     seek_s = statistics.median(interleaved({"seek": lambda: seek(cfg)}, repeats)["seek"])
     wanted = [
         bar("largest share of training time that saves cost", max(shares), 0.03, at_most=True),
         bar(f"seconds to the batch of step {FAR:,}", seek_s, 0.01, at_most=True),
     ]
-    title = f"A save of weights and AdamW's state, float32, every {cfg.checkpoint_every_min} min"
+    minutes = cfg.execution.checkpoint_every_min
+    title = f"A save of weights and AdamW's state, float32, every {minutes} min"
     note = (
         f"Medians of {repeats}. Training stands for stands_s; write_s pass in a thread, of which "
         "write_cpu_s on a core. share: as if training had wanted that core. A new best validation "
@@ -111,7 +112,9 @@ def trained(cfg: DictConfig) -> dict[str, Any]:
 def seek(cfg: DictConfig) -> float:
     """Seconds from a data module that knows its step to that step's first micro-batch."""
     data = TokenData.open(prepare(cfg.data))
-    module = TokenDataModule(data, cfg.ctx_len, cfg.batch_size, cfg.micro_batch_size, cfg.data.seed)
+    module = TokenDataModule(
+        data, cfg.ctx_len, cfg.batch_size, cfg.execution.micro_batch_size, cfg.data.seed
+    )
     module.trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=FAR)  # type: ignore[assignment]
     start = time.perf_counter()
     next(iter(module.train_dataloader()))

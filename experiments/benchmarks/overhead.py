@@ -65,7 +65,7 @@ class Loops:
     def __init__(self, train: list[str], n_steps: int, folder: str) -> None:
         quiet_lightning()
         fixed = ["suite=bench", f"paths.runs='{folder}'", "n_validations=1", "trainer=cpu"]
-        fixed += ["micro_batch_size=${batch_size}"]  # no accumulation
+        fixed += ["execution.micro_batch_size=${batch_size}"]  # no accumulation
         self.run = RunDir.freeze(compose("train", overrides=[*train, *fixed]), [])
         self.data = TokenData.open(prepare(self.run.config.data))
         self.n_steps = n_steps

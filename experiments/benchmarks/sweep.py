@@ -68,7 +68,9 @@ def sharing(train: list[str], n_cells: int, repeats: int, folder: Path) -> dict[
         suite = f"suite=sweep{time.monotonic_ns()}"
         seeds = "seed=" + ",".join(map(str, range(n_cells)))
         start = time.perf_counter()
-        command(*train, suite, seeds, f"paths.runs={folder}", "n_threads=1", f"jobs={jobs}")
+        command(
+            *train, suite, seeds, f"paths.runs={folder}", "execution.n_threads=1", f"jobs={jobs}"
+        )
         return time.perf_counter() - start
 
     return interleaved({"1": lambda: sweep(1), "2": lambda: sweep(2)}, repeats, warmup=0)

@@ -28,7 +28,7 @@ from models.gpt.model import GPT
 from models.language_model import LanguageModel, count_parameters
 from models.ops.wkv import live_backend
 from models.rwkv4.model import RWKV4
-from models.sizing import matched_sizes
+from models.sizing import solve
 
 TOY = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64, "ctx_len": 8, "batch_size": 2}
 NAMES = {
@@ -167,9 +167,9 @@ def build_model(
     """One of NAMES, and its loss (ids, targets) -> mean nats; the GPTs have RWKV-4's size."""
     with torch.device("meta"):
         rwkv4 = RWKV4(vocab_size, n_layer, n_embd, ctx_len)
-    matched = matched_sizes(GPT, rwkv4, n_head=n_head)
-    # to whole cache lines: an odd width costs the GPT more speed than 0.1 % of its size is worth
-    matched["n_ffn"] = max(16, round(matched["n_ffn"] / 16) * 16)
+    sizes = {"vocab_size": vocab_size, "n_layer": n_layer, "n_embd": n_embd, "ctx_len": ctx_len}
+    n_ffn = solve(GPT, {"n_head": n_head}, rwkv4, "non_embedding").n_ffn
+    matched: dict[str, int] = sizes | {"n_head": n_head, "n_ffn": n_ffn}
     if kind in ("rwkv4", "gpt"):
         ours = RWKV4(vocab_size, n_layer, n_embd, ctx_len) if kind == "rwkv4" else GPT(**matched)
         return ours, lambda ids, targets: cross_entropy(

@@ -1,76 +1,142 @@
-"""Checks of a config's values, and the steps that its budget pays for."""
+"""Checks of values: each command states what its keys may be, and one function holds them to it."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-LOSSES = ("full", "chunked")
-BACKPROPS = ("full", "truncated")
-# What conf/trainer may hand to Lightning's Trainer, none of which changes what is computed.
-TRAINER_KEYS = (
-    "accelerator",
-    "devices",
-    "num_nodes",
-    "strategy",
-    "detect_anomaly",
-    "profiler",
-)
-# key: (type, least value, whether the least itself is allowed)
-NUMBERS: dict[str, tuple[type, float, bool]] = {
-    "seed": (int, 0, True),
-    "ctx_len": (int, 1, True),
-    "chunk_len": (int, 1, True),
-    "batch_size": (int, 1, True),
-    "micro_batch_size": (int, 1, True),
-    "budget_tokens": (float, 0, False),
-    "continue_to": (float, 0, False),
-    "n_validations": (int, 1, True),
-    "log_every": (int, 1, True),
-    "checkpoint_every_min": (float, 0, False),
-    "num_workers": (int, 0, True),
-    "n_threads": (int, 1, True),
-    "optim.peak_lr": (float, 0, False),
-    "optim.eps": (float, 0, False),
-    "optim.weight_decay": (float, 0, True),
-    "optim.grad_clip": (float, 0, True),
-    "optim.max_logit_penalty": (float, 0, True),
+
+class Rule(Protocol):
+    """What a value may be."""
+
+    def fault(self, value: Any) -> str:
+        """What it must be instead, in words; empty if it is."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number of at least (or above) a bound.
+
+    Attributes:
+        least: the smallest value allowed.
+        above: the bound itself is not allowed.
+        whole: it must be an int.
+        most: the largest value allowed.
+    """
+
+    least: float = -math.inf
+    above: bool = False
+    whole: bool = False
+    most: float = math.inf
+
+    def fault(self, value: Any) -> str:
+        kinds: Any = int if self.whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+            return "a whole number" if self.whole else "a number"
+        if self.above and value <= self.least:
+            return f"above {self.least}"
+        if value < self.least:
+            return f"{self.least} or more"
+        return f"at most {self.most}" if value > self.most else ""
+
+
+class OneOf:
+    """One of some values."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def fault(self, value: Any) -> str:
+        return "" if value in self.values else f"one of {', '.join(map(str, self.values))}"
+
+
+class Flag:
+    """true or false."""
+
+    def fault(self, value: Any) -> str:
+        return "" if isinstance(value, bool) else "true or false"
+
+
+@dataclass(frozen=True)
+class Optional:
+    """null, or what another rule allows."""
+
+    rule: Rule
+
+    def fault(self, value: Any) -> str:
+        return "" if value is None else self.rule.fault(value)
+
+
+class Betas:
+    """Two numbers from 0 to below 1."""
+
+    def fault(self, value: Any) -> str:
+        is_pair = OmegaConf.is_list(value) and len(value) == 2
+        right = is_pair and all(isinstance(b, float | int) and 0 <= b < 1 for b in value)
+        return "" if right else "two numbers from 0 to below 1"
+
+
+def check_values(config: DictConfig | Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    """Raise ValueError for the first value that is not what its rule allows.
+
+    Args:
+        rules: by dotted key; a key that is missing counts as null.
+    """
+    nested = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
+    for key, rule in rules.items():
+        value = OmegaConf.select(nested, key)
+        if fault := rule.fault(value):
+            raise ValueError(f"{key} is {value!r}: it must be {fault}")
+
+
+TOKENS = Number(0, above=True)
+TRAINING: dict[str, Rule] = {
+    "seed": Number(0, whole=True),
+    "ctx_len": Number(1, whole=True),
+    "batch_size": Number(1, whole=True),
+    "budget_tokens": TOKENS,
+    "continue_to": Optional(TOKENS),
+    "truncate": Optional(Number(1, whole=True)),
+    "n_validations": Number(1, whole=True),
+    "precision": OneOf("32-true", "bf16-mixed", "16-mixed"),
+    "match": Optional(OneOf("non_embedding", "total", "flops")),
+    "match_tolerance": Number(0),
+    "optim.peak_lr": Number(0, above=True),
+    "optim.betas": Betas(),
+    "optim.eps": Number(0, above=True),
+    "optim.weight_decay": Number(0),
+    "optim.grad_clip": Number(0),
+    "optim.max_logit_penalty": Number(0),
+    "execution.micro_batch_size": Number(1, whole=True),
+    "execution.chunk_len": Optional(Number(1, whole=True)),
+    "execution.loss": OneOf("full", "chunked"),
+    "execution.grad_checkpoint": Flag(),
+    "execution.compile": Flag(),
+    "execution.n_threads": Optional(Number(1, whole=True)),
+    "execution.num_workers": Number(0, whole=True),
+    "execution.log_every": Number(1, whole=True),
+    "execution.checkpoint_every_min": Number(0, above=True),
 }
-NULLABLE = ("chunk_len", "continue_to", "n_threads")
+# What conf/trainer may hand to Lightning's Trainer, none of which changes what is computed.
+TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "detect_anomaly", "profiler")
 
 
 def check_config(cfg: DictConfig) -> None:
     """Raise ValueError for the first value that no run could be trained with."""
-    for key, (kind, least, inclusive) in NUMBERS.items():
-        value = OmegaConf.select(cfg, key)
-        if key in NULLABLE and value is None:
-            continue
-        is_number = isinstance(value, int if kind is int else (int, float))
-        if isinstance(value, bool) or not is_number or not math.isfinite(value):
-            wanted = "a whole number" if kind is int else "a number"
-            raise ValueError(f"{key} is {value!r}: it must be {wanted}")
-        if value < least or (value == least and not inclusive):
-            raise ValueError(
-                f"{key} is {value}: it must be {'' if inclusive else 'above '}{least}"
-                f"{' or more' if inclusive else ''}"
-            )
-    betas = cfg.optim.betas
-    if (
-        not OmegaConf.is_list(betas)
-        or len(betas) != 2
-        or not all(isinstance(b, float | int) and 0 <= b < 1 for b in betas)
-    ):
-        raise ValueError(f"optim.betas is {betas}: it must be two numbers from 0 to below 1")
-    for key, allowed in (("precision", PRECISIONS), ("loss", LOSSES), ("backprop", BACKPROPS)):
-        value = cfg.get(key, "full")  # runs of earlier versions have no backprop
-        if value not in allowed:
-            raise ValueError(f"{key} is {value!r}: choose {', '.join(allowed)}")
-    unknown = [str(key) for key in cfg.trainer if key not in TRAINER_KEYS]
+    check_values(cfg, TRAINING)
+    unknown = [str(key) for key in cfg.execution.trainer if key not in TRAINER_KEYS]
     if unknown:
-        raise ValueError(f"trainer.{unknown[0]} is no key: choose {', '.join(TRAINER_KEYS)}")
-    if cfg.get("backprop") == "truncated" and cfg.get("chunk_len") is None:
-        raise ValueError("backprop=truncated cuts gradients between chunks: set chunk_len")
-    if step_count(cfg) == cfg.budget_tokens // (cfg.batch_size * cfg.ctx_len) and continues(cfg):
+        raise ValueError(
+            f"execution.trainer.{unknown[0]} is no key: choose {', '.join(TRAINER_KEYS)}"
+        )
+    if cfg.truncate is not None and cfg.execution.chunk_len not in (None, cfg.truncate):
+        raise ValueError(
+            f"truncate={cfg.truncate} runs chunks of so many tokens: leave out "
+            f"execution.chunk_len={cfg.execution.chunk_len}"
+        )
+    if step_count(cfg) == cfg.budget_tokens // (cfg.batch_size * cfg.ctx_len) and cfg.continue_to:
         raise ValueError(
             f"continue_to={cfg.continue_to} is no step more than budget_tokens={cfg.budget_tokens}"
         )
@@ -78,22 +144,14 @@ def check_config(cfg: DictConfig) -> None:
 
 def check_launch(config: DictConfig) -> None:
     """Raise ValueError for settings that no launch could go by."""
-    jobs = config.jobs
-    if jobs != "auto" and (not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1):
-        raise ValueError(f"jobs is {jobs!r}: it must be a whole number from 1, or auto")
-    for key in ("fail_fast", "dry_run"):
-        if not isinstance(config[key], bool):
-            raise ValueError(f"{key} is {config[key]!r}: it must be true or false")
-
-
-def continues(cfg: DictConfig) -> bool:
-    """Whether a run goes on where a finished one ended."""
-    return cfg.get("continue_to") is not None  # runs of earlier versions have no such key
+    if config.jobs != "auto" and (fault := Number(1, whole=True).fault(config.jobs)):
+        raise ValueError(f"jobs is {config.jobs!r}: it must be {fault}, or auto")
+    check_values(config, {"fail_fast": Flag(), "dry_run": Flag()})
 
 
 def total_budget(cfg: DictConfig) -> float:
     """The tokens a run has been trained on at its end, those of a run it continues included."""
-    return max(cfg.budget_tokens, cfg.continue_to) if continues(cfg) else cfg.budget_tokens
+    return max(cfg.budget_tokens, cfg.continue_to or 0)
 
 
 def step_count(cfg: DictConfig) -> int:

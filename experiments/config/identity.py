@@ -1,4 +1,9 @@
-"""What a config means: its checks, its name as a folder, its differences, what it may build."""
+"""What names a run and tells it from others: the part of its config that decides what is computed.
+
+Where a key stands says which part it belongs to. Below ``execution`` and ``paths`` stands how and
+where a run is executed, which may change at every start; `LAUNCH_KEYS` are about a sweep and are
+never frozen. All else is what is computed.
+"""
 
 import hashlib
 import json
@@ -8,58 +13,26 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-# How a launch goes about its cells; no part of a run's config.
 LAUNCH_KEYS = ("jobs", "fail_fast", "dry_run")
-# How a run is executed, not what it computes: these may change between a start and its resume.
-EXECUTION_KEYS = (
-    *LAUNCH_KEYS,
-    "micro_batch_size",
-    "num_workers",
-    "n_threads",
-    "checkpoint_every_min",
-    "log_every",
-    "loss",
-    "compile",
-    "trainer",
-    "logger",
-    "paths",
-    "data.root",
-    "model.net.grad_checkpoint",
-    "model.net.wkv_backend",
-)
-# So may these, as long as gradients flow from chunk to chunk; cut off, they are others.
-CHUNK_KEYS = ("chunk_len", "backprop")
-# Chosen by the directory itself, so they do not appear in the last part of its name.
-NAMED_BY_PATH = ("suite", "model", "experiment", "seed")
+EXECUTION = ("execution", "paths")
+# Overrides that do not appear in the last part of a run's path: what the parts before it say, and
+# the groups that go below `execution`.
+NOT_IN_TAG = ("suite", "model", "size", "experiment", "seed", "trainer", "logger")
 
 
-def folder_name(name: Any, what: str) -> str:
-    """The name, if a folder of that name stays where it is put; else ValueError."""
-    if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*", str(name)):
-        raise ValueError(
-            f"{what} {str(name)!r} cannot name a folder: use letters, digits, '_', '-', '.'"
-        )
-    return str(name)
+def model_name(config: Any) -> str:
+    """The name of a model of a size, as directories, manifests and tables have it: rwkv4_tiny."""
+    return f"{config['model']['name']}_{config['size']['name']}"
 
 
-def execution_keys(config: Mapping[Any, Any]) -> tuple[str, ...]:
-    """The keys of a config that do not change what is computed, but for rounding."""
-    truncated = config.get("backprop", "full") == "truncated"
-    return EXECUTION_KEYS if truncated else (*EXECUTION_KEYS, *CHUNK_KEYS)
-
-
-def run_tag(overrides: Sequence[str], seed: int, execution: Sequence[str] = EXECUTION_KEYS) -> str:
-    """The last part of a run's path: the seed and every override that changes what is computed.
-
-    Args:
-        execution: the config's `execution_keys`.
-    """
+def run_tag(overrides: Sequence[str], seed: int) -> str:
+    """The last part of a run's path: the seed and every override that changes what is computed."""
     kept = {}
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
-        if key in NAMED_BY_PATH or key.startswith("hydra") or covers(execution, key):
-            continue
-        kept[key] = f"{key}={canonical(value)}"  # of several the last counts, as for Hydra
+        first = key.partition(".")[0].partition("/")[0]
+        if key not in NOT_IN_TAG and first not in ("hydra", *EXECUTION, *LAUNCH_KEYS):
+            kept[key] = f"{key}={canonical(value)}"  # of several the last counts, as for Hydra
     tag = ",".join(sorted(kept.values()))
     safe = re.sub(r"[^A-Za-z0-9=.,_+-]+", "-", tag)
     if safe != tag or len(safe) > 80:  # two different tags must never share a directory
@@ -76,6 +49,19 @@ def canonical(value: str) -> str:
     return str(int(number)) if number.is_integer() else repr(number)
 
 
+def folder_name(name: Any, what: str) -> str:
+    """The name, if a folder of that name stays where it is put.
+
+    Raises:
+        ValueError: if it does not; `what` says whose name it is.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*", str(name)):
+        raise ValueError(
+            f"{what} {str(name)!r} cannot name a folder: use letters, digits, '_', '-', '.'"
+        )
+    return str(name)
+
+
 def plain(config: DictConfig) -> dict[str, Any]:
     """A config as plain Python values, resolved.
 
@@ -85,11 +71,6 @@ def plain(config: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
-
-
-def covers(keys: Sequence[str], key: str) -> bool:
-    """True if ``key`` is one of ``keys`` or lies below one of them."""
-    return any(key == k or key.startswith(k + ".") for k in keys)
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -102,22 +83,22 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     return rows
 
 
-def config_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines ``key: old -> new`` for what differs between two configs, execution keys left out.
+def computed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config computes: all of it but `EXECUTION`, flattened."""
+    return flatten({key: value for key, value in config.items() if key not in EXECUTION})
 
-    A key that only one of them has is of another version of this suite, and no difference.
-    """
-    a, b = flatten(old), flatten(new)
-    execution = set(execution_keys(old)) & set(execution_keys(new))
+
+def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines ``key: old -> new`` for what two configs compute differently."""
+    a, b = computed(old), computed(new)
     return [
-        f"{key}: {a[key]} -> {b[key]}"
-        for key in sorted(a.keys() & b.keys())
-        if a[key] != b[key] and not covers(tuple(execution), key)
+        f"{key}: {a.get(key)} -> {b.get(key)}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
     ]
 
 
-def config_hash(config: dict[str, Any]) -> str:
-    """Hash of what a config computes (execution keys left out), 16 hex digits."""
-    execution = execution_keys(config)
-    rows = {k: v for k, v in flatten(config).items() if not covers(execution, k)}
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Hash of what a config computes, 16 hex digits."""
+    text = json.dumps(computed(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

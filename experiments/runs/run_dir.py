@@ -17,12 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.config.identity import (
     LAUNCH_KEYS,
     config_difference,
-    execution_keys,
     folder_name,
+    model_name,
     plain,
     run_tag,
 )
-from experiments.config.targets import check_links, check_targets, read_config
+from experiments.config.targets import check_links, read_config
+from experiments.runs.freezing import complete
 from experiments.system.files import write_new, write_text
 from experiments.system.locks import Claim, RunLocked
 
@@ -49,14 +50,13 @@ class RunDir:
         Raises:
             ValueError: for names that are no folder's, and for foreign targets.
         """
-        frozen = {key: value for key, value in plain(config).items() if key not in LAUNCH_KEYS}
-        check_targets(frozen)
+        frozen = {key: value for key, value in complete(config).items() if key not in LAUNCH_KEYS}
         suite = folder_name(frozen["suite"], "suite")
-        model = folder_name(frozen["model"]["name"], "model.name")
-        tag = run_tag(overrides, frozen["seed"], execution_keys(frozen))
+        model = folder_name(model_name(frozen), "model.name")
+        tag = run_tag(overrides, frozen["seed"])
         if frozen.get("continue_to") is not None:
             others = [o for o in overrides if o.lstrip("+").partition("=")[0] != "continue_to"]
-            frozen["continues"] = run_tag(others, frozen["seed"], execution_keys(frozen))
+            frozen["continues"] = run_tag(others, frozen["seed"])
             if frozen["continues"] == tag:
                 raise ValueError("continue_to names a directory: give it on the command line")
         path = Path(frozen["paths"]["runs"]) / suite / model / tag

@@ -11,7 +11,6 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.config.checks import check_config
 from experiments.config.identity import LAUNCH_KEYS, flatten
 from experiments.runs.run_dir import RunDir
 from experiments.system.files import write_text
@@ -62,12 +61,6 @@ def locate(config: DictConfig, overrides: Sequence[str]) -> tuple[Path, dict[str
     Raises:
         ValueError, OSError: if nothing could be trained with it.
     """
-    if config.data.vocab_size is None:  # the tokenizer file knows it
-        from experiments.data.prepare import prepare
-        from experiments.data.token_data import TokenData
-
-        config.data.vocab_size = TokenData.open(prepare(config.data)).vocab_size
-    check_config(config)
     return RunDir.locate(config, overrides)
 
 

@@ -129,7 +129,7 @@ def launch_cells(cells: Sequence[RunDir], config: DictConfig, stops: Stops | Non
         return []
     if stops is None:
         return on_cluster(cells, config)
-    chosen = places(config.jobs, config.trainer)
+    chosen = places(config.jobs, config.execution.trainer)
     if config.dry_run:
         for i, run in enumerate(cells):
             where = chosen[i % len(chosen)].items()

@@ -42,7 +42,7 @@ def trainer_options(cfg: DictConfig) -> dict[str, Any]:
         ValueError: for a precision that the device cannot train in, an unknown strategy, or other
             numbers of devices and machines than torchrun or srun started processes.
     """
-    options = plain(cfg.trainer)
+    options = plain(cfg.execution.trainer)
     if options["accelerator"] == "auto":  # Lightning's own would take Apple's GPUs, untested here
         options["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"
     if options["strategy"] not in STRATEGIES:

@@ -51,12 +51,14 @@ def train(run: RunDir, stop: StopRequest) -> None:
     cfg = run.config
     quiet_lightning()
     check_config(cfg)
-    if cfg.n_threads:
-        torch.set_num_threads(cfg.n_threads)
+    if cfg.execution.n_threads:
+        torch.set_num_threads(cfg.execution.n_threads)
     data = TokenData.open(prepare(cfg.data))
     n_steps = step_count(cfg)
     L.seed_everything(cfg.seed, verbose=False)
     model = make(cfg.model.net, LanguageModel)
+    model.backend = cfg.execution.backend
+    model.grad_checkpoint = cfg.execution.grad_checkpoint
     check_model(model, cfg, data)
     try:
         trainer, module, datamodule = build(run, model, data, n_steps, stop)
@@ -110,11 +112,13 @@ def build(
     run: RunDir, model: LanguageModel, data: TokenData, n_steps: int, stop: StopRequest
 ) -> tuple[L.Trainer, LitLM, TokenDataModule]:
     """The three Lightning parts of a run: trainer, module, data."""
-    cfg = run.config
+    cfg, execution = run.config, run.config.execution
     tokens_per_step = cfg.batch_size * cfg.ctx_len
     flops = model.flops_per_token(cfg.ctx_len)
     val_every = max(1, round(n_steps / cfg.n_validations))
-    run_log = RunLog(MetricsFile(run.path / "metrics.csv"), tokens_per_step, flops, cfg.log_every)
+    run_log = RunLog(
+        MetricsFile(run.path / "metrics.csv"), tokens_per_step, flops, execution.log_every
+    )
     options = trainer_options(cfg)
     trainer = L.Trainer(
         **options | {"plugins": [*options["plugins"], BackgroundCheckpointIO()]},
@@ -128,7 +132,11 @@ def build(
             run_log,
             TokenBar(run.name, tokens_per_step),
             Checkpoints(
-                run.path / "checkpoints", run_log, val_every, cfg.checkpoint_every_min, stop
+                run.path / "checkpoints",
+                run_log,
+                val_every,
+                execution.checkpoint_every_min,
+                stop,
             ),
         ],
         use_distributed_sampler=False,  # our batches already know their rank
@@ -137,11 +145,11 @@ def build(
         enable_model_summary=False,
         default_root_dir=run.path,
     )
-    n_accumulated, rest = divmod(cfg.batch_size, cfg.micro_batch_size * trainer.world_size)
+    n_accumulated, rest = divmod(cfg.batch_size, execution.micro_batch_size * trainer.world_size)
     if rest or n_accumulated < 1:
         raise ValueError(
             f"batch_size {cfg.batch_size} is not a multiple of micro_batch_size "
-            f"{cfg.micro_batch_size} x {trainer.world_size} devices"
+            f"{execution.micro_batch_size} x {trainer.world_size} devices"
         )
     trainer.accumulate_grad_batches = n_accumulated
     trainer.val_check_interval = val_every * n_accumulated
@@ -154,23 +162,23 @@ def build(
         make_optimizer=lambda m: make_optimizer(m, **optim),
         schedule=make(cfg.schedule.function, Schedule),
         total_steps=n_steps,
-        loss=cfg.loss,
+        loss=execution.loss,
         penalty=cfg.optim.max_logit_penalty,
         grad_clip=cfg.optim.grad_clip,
         token_bytes=None if token_bytes is None else torch.as_tensor(token_bytes.astype("int64")),
-        chunk_len=cfg.get("chunk_len"),  # runs of earlier versions have neither
-        truncated=cfg.get("backprop") == "truncated",
+        chunk_len=cfg.truncate or execution.chunk_len,
+        truncated=cfg.truncate is not None,
     )
-    if cfg.compile:
+    if execution.compile:
         for block in module.model.blocks:
             block.compile()  # in place: checkpoint keys stay; by block: one layer's compile time
     datamodule = TokenDataModule(
         data,
         ctx_len=cfg.ctx_len,
         batch_size=cfg.batch_size,
-        micro_batch_size=cfg.micro_batch_size,
+        micro_batch_size=execution.micro_batch_size,
         seed=cfg.data.seed,
-        num_workers=cfg.num_workers,
+        num_workers=execution.num_workers,
     )
     return trainer, module, datamodule
 
@@ -182,7 +190,7 @@ def check_model(model: LanguageModel, cfg: DictConfig, data: TokenData) -> None:
         raise ValueError(
             f"the model's vocabulary of {model.vocab_size} is not that of the data, "
             f"{data.vocab_size} (or padded, up to {padded}): "
-            "set model.net.vocab_size='${data.vocab_size}'"
+            "leave model.net.vocab_size out"
         )
     if model.max_ctx is not None and model.max_ctx < cfg.ctx_len:
         raise ValueError(f"ctx_len {cfg.ctx_len} is longer than the model's {model.max_ctx}")
@@ -249,8 +257,9 @@ def explain(error: Exception, run: RunDir) -> str:
         return f"{error}; {kept}lower optim.peak_lr={cfg.optim.peak_lr} or use precision=32-true"
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"out of memory: halve micro_batch_size={cfg.micro_batch_size}, set loss=chunked, "
-            f"chunk_len={max(1, cfg.ctx_len // 4)} or ++model.net.grad_checkpoint=true"
+            "out of memory: halve execution.micro_batch_size="
+            f"{cfg.execution.micro_batch_size}, set execution.loss=chunked, execution.chunk_len="
+            f"{max(1, cfg.ctx_len // 4)} or execution.grad_checkpoint=true"
         )
     if is_lost_peer(error):
         return (

@@ -261,7 +261,7 @@ def make_loggers(cfg: DictConfig, run: RunDir) -> Loggers | None:
         ModuleNotFoundError: if its package is not installed.
     """
     followers = []
-    for name, settings in plain(cfg.logger).items():
+    for name, settings in plain(cfg.execution.logger).items():
         if name not in SERVICES:
             raise ValueError(f"logger {name!r} is unknown: choose {', '.join(SERVICES)}")
         service = SERVICES[name]

@@ -9,13 +9,13 @@ import lightning.pytorch as L
 import torch
 
 from experiments.config.checks import total_budget
-from experiments.config.identity import config_hash, plain
+from experiments.config.identity import config_hash, model_name, plain
 from experiments.data.token_data import TokenData
 from experiments.runs.continuation import continued_run
 from experiments.runs.run_dir import RunDir
 from experiments.system.machine import device_name, git_state, peak_flops
+from models.families import families
 from models.language_model import LanguageModel, count_parameters
-from models.ops.wkv import live_backend
 
 
 def manifest(
@@ -36,8 +36,9 @@ def manifest(
     kept = ("name", "vocab_size", "n_train_tokens", "n_val_tokens", "n_val_bytes", "xz_bpb")
     return {
         "suite": cfg.suite,
-        "model": cfg.model.name,
+        "model": model_name(cfg),
         "family": model.family,
+        "family_label": families()[model.family].label,
         "name": run.name,
         "seed": cfg.seed,
         "config_hash": config_hash(plain(cfg)),
@@ -51,6 +52,7 @@ def manifest(
             "tokenizer_hash": data.tokenizer.hash,
         },
         "parameters": count_parameters(model),
+        "match": None if cfg.model.get("match") is None else plain(cfg.model.match),
         "n_layer": model.n_layer,
         "n_embd": model.n_embd,
         "ctx_len": cfg.ctx_len,
@@ -60,11 +62,7 @@ def manifest(
         "flops_per_token": model.flops_per_token(cfg.ctx_len),
         "recipe": {"optim": cfg.optim.name, "schedule": cfg.schedule.name},
         "precision": cfg.precision,
-        "wkv_backend": (
-            live_backend(device, cfg.model.net.get("wkv_backend", "auto"))
-            if model.family == "rwkv4"
-            else None
-        ),
+        "backend": model.live_backend(device),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -35,13 +35,14 @@ class ConstantThenExponential:
 
     constant_fraction: float
     peak_lr: float
-    final_lr: float
+    final_lr: float | None  # None: a tenth of the peak
 
     def __call__(self, step: int, total_steps: int) -> float:
         """Learning rate of optimizer step ``step`` (0-based), as a fraction of the peak."""
         constant = self.constant_fraction * total_steps
         progress = min(1.0, max(0.0, (step - constant) / max(1.0, total_steps - constant)))
-        return (self.final_lr / self.peak_lr) ** progress
+        final_lr = self.peak_lr / 10 if self.final_lr is None else self.final_lr
+        return (final_lr / self.peak_lr) ** progress
 
 
 Schedule = WarmupCosine | ConstantThenExponential

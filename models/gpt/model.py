@@ -166,7 +166,6 @@ class GPT(LanguageModel):
         ctx_len: int,
         n_ffn: int | None = None,
         rotary_pct: float = 0.25,
-        grad_checkpoint: bool = False,
     ):
         n_ffn = 4 * n_embd if n_ffn is None else n_ffn
         super().__init__(vocab_size, n_layer, n_embd, n_ffn, ctx_len)
@@ -180,7 +179,6 @@ class GPT(LanguageModel):
             )
         self.max_ctx = ctx_len
         self.n_head = n_head
-        self.grad_checkpoint = grad_checkpoint
         self.emb = nn.Embedding(vocab_size, n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, n_ffn) for _ in range(n_layer))
         self.ln_out = nn.LayerNorm(n_embd)

@@ -16,7 +16,7 @@ from models.language_model import LanguageModel, State, check_n_pad
 from models.ops.linear import Linear
 from models.ops.shift import gated_linear, shift_linear, squared_relu
 from models.ops.step import Weights, names, rwkv4_step, step_weights
-from models.ops.wkv import can_step, time_mix_step, wkv
+from models.ops.wkv import can_step, live_backend, time_mix_step, wkv
 
 EMPTY_EXPONENT = -1e38  # running max exponent of a WKV state that has seen nothing
 PAD_KEY = -1e30  # above EMPTY_EXPONENT, and so far below any key that exp(difference) is 0
@@ -34,9 +34,8 @@ LayerState = tuple[Tensor, Tensor, Tensor]
 class TimeMix(nn.Module):
     """Attention's place: a decaying average of values over time, gated by receptance."""
 
-    def __init__(self, n_embd: int, layer: int, n_layer: int, wkv_backend: str):
+    def __init__(self, n_embd: int, layer: int, n_layer: int):
         super().__init__()
-        self.wkv_backend = wkv_backend
         depth = layer / max(n_layer - 1, 1)  # 0 to 1; a single layer counts as the first
         height = 1 - layer / n_layer  # 1 to near 0
         i = torch.arange(n_embd, dtype=torch.float64)
@@ -58,7 +57,12 @@ class TimeMix(nn.Module):
             nn.init.zeros_(zero.weight)
 
     def forward(
-        self, x: Tensor, previous: Tensor, state: Tensor | None, pad: Tensor | None
+        self,
+        x: Tensor,
+        previous: Tensor,
+        state: Tensor | None,
+        pad: Tensor | None,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, C) -> (B, T, C), and the WKV state (B, 3, C)."""
         mixes = [self.time_mix_k, self.time_mix_v, self.time_mix_r]
@@ -67,13 +71,13 @@ class TimeMix(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)  # the op's arithmetic, never below
         w, u = -torch.exp(self.time_decay.to(wide)), self.time_first.to(wide)
         one_token = state is not None and x.shape[1] == 1 and pad is None
-        if one_token and can_step(x, self.key.weight, self.wkv_backend):
+        if one_token and can_step(x, self.key.weight, backend):
             y, state = time_mix_step(x[:, 0], previous, mixes, weights, w, u, state)
             return self.output(y).unsqueeze(1), state
         k, v, r = shift_linear(x, previous, mixes, weights)
         if pad is not None:
             k = k.masked_fill(pad, max(PAD_KEY, torch.finfo(k.dtype).min / 2))
-        y, state = wkv(w, u, k, v, state, self.wkv_backend)
+        y, state = wkv(w, u, k, v, state, backend)
         return gated_linear(r, y, self.output.weight), state
 
 
@@ -103,16 +107,16 @@ class ChannelMix(nn.Module):
 class Block(nn.Module):
     """Time-mix and channel-mix, each behind a LayerNorm and added to the residual stream."""
 
-    def __init__(self, n_embd: int, n_ffn: int, layer: int, n_layer: int, wkv_backend: str):
+    def __init__(self, n_embd: int, n_ffn: int, layer: int, n_layer: int):
         super().__init__()
         self.ln0 = nn.LayerNorm(n_embd) if layer == 0 else nn.Identity()  # after the embedding
         self.ln1 = nn.LayerNorm(n_embd)
         self.ln2 = nn.LayerNorm(n_embd)
-        self.att = TimeMix(n_embd, layer, n_layer, wkv_backend)
+        self.att = TimeMix(n_embd, layer, n_layer)
         self.ffn = ChannelMix(n_embd, n_ffn, layer, n_layer)
 
     def forward(
-        self, x: Tensor, state: LayerState | None, pad: Tensor | None
+        self, x: Tensor, state: LayerState | None, pad: Tensor | None, backend: str
     ) -> tuple[Tensor, LayerState | None]:
         """x (B, T, C) -> (B, T, C), and this layer's state if one came in; pad (B, T, 1) bool."""
         x = self.ln0(x)
@@ -121,7 +125,7 @@ class Block(nn.Module):
         att_x = self.ln1(x)
         if pad is not None:  # the first real token must find zeros before it
             att_x = att_x.masked_fill(pad, 0)
-        y, wkv_state = self.att(att_x, att_previous, wkv_state, pad)
+        y, wkv_state = self.att(att_x, att_previous, wkv_state, pad, backend)
         x = x + y
         ffn_x = self.ln2(x)
         if pad is not None:
@@ -151,16 +155,13 @@ class RWKV4(LanguageModel):
         ctx_len: int,
         n_ffn: int | None = None,
         emb_init: float = 1e-4,
-        grad_checkpoint: bool = False,
-        wkv_backend: str = "auto",
     ):
         n_ffn = 4 * n_embd if n_ffn is None else n_ffn
         super().__init__(vocab_size, n_layer, n_embd, n_ffn, ctx_len)
         self.max_ctx = None
-        self.grad_checkpoint = grad_checkpoint
         self.emb = nn.Embedding(vocab_size, n_embd)
         self.blocks = nn.ModuleList(
-            Block(n_embd, n_ffn, layer, n_layer, wkv_backend) for layer in range(n_layer)
+            Block(n_embd, n_ffn, layer, n_layer) for layer in range(n_layer)
         )
         self.ln_out = nn.LayerNorm(n_embd)
         self.head = Linear(n_embd, vocab_size, bias=False)
@@ -185,9 +186,9 @@ class RWKV4(LanguageModel):
             if state is not None:
                 past = (state["att_shift"][:, l], state["ffn_shift"][:, l], state["wkv"][:, l])
             if self.grad_checkpoint and self.training:
-                x, past = checkpoint(block, x, past, pad, use_reentrant=False)
+                x, past = checkpoint(block, x, past, pad, self.backend, use_reentrant=False)
             else:
-                x, past = block(x, past, pad)
+                x, past = block(x, past, pad, self.backend)
             layers.append(past)
         if state is None:
             return self.ln_out(x), None
@@ -204,7 +205,7 @@ class RWKV4(LanguageModel):
         shapes = {"att_shift": shift, "ffn_shift": shift, "wkv": (B, L, 3, C)}
         if {name: value.shape for name, value in state.items()} != shapes:  # or n_pad is there
             return None
-        if cast(Block, self.blocks[0]).att.wkv_backend not in ("auto", "cpu"):
+        if self.backend not in ("auto", "cpu"):
             return None
         return step_weights(x, self.blocks, STEP_NAMES, state.values())
 
@@ -223,6 +224,10 @@ class RWKV4(LanguageModel):
         if n_pad is not None:
             state["n_pad"] = check_n_pad(n_pad, batch_size).to(weight.device)
         return state
+
+    def live_backend(self, device: torch.device) -> str:
+        """The backend that WKV runs on. Raises ValueError if `backend` cannot be had."""
+        return live_backend(device, self.backend)
 
     def matmul_flops_per_token(self, ctx_len: int) -> int:
         """FLOPs of one forward pass's matrix products, per token: 2 (VC + 13 C^2 L) at F = 4C."""
