@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from experiments.config.entry import as_typed, entry
 from experiments.config.identity import plain
-from experiments.config.targets import check_targets, resolve
+from experiments.config.targets import resolve
 from experiments.system.files import write_json
 
 SHARED = ("n_threads", "out", "paths")  # keys of conf/benchmark.yaml; the rest are the function's
@@ -20,7 +20,6 @@ SHARED = ("n_threads", "out", "paths")  # keys of conf/benchmark.yaml; the rest 
 
 def run(settings: dict[str, Any]) -> None:
     """Run the benchmark whose function and keys these are, print its report and keep it."""
-    check_targets(settings)
     n_threads, out, _ = (settings.pop(key) for key in SHARED)
 
     from experiments.benchmarks.measure import Report, check_counts, machine

@@ -22,7 +22,7 @@ from experiments.config.identity import (
     plain,
     run_tag,
 )
-from experiments.config.targets import check_links, read_config
+from experiments.config.targets import check_targets
 from experiments.runs.freezing import complete
 from experiments.system.files import write_new, write_text
 from experiments.system.locks import Claim, RunLocked
@@ -222,3 +222,45 @@ def find_runs(pattern: str | Path | Sequence[str]) -> list[RunDir]:
     if not found:
         raise FileNotFoundError(f"no run directory matches {', '.join(map(str, patterns))}")
     return [RunDir(os.path.relpath(path)) for path in found]
+
+
+# entries of a run directory that are read or written; a link in their place leads elsewhere
+FOLDERS = (".", "checkpoints", "eval", "bench")
+
+
+def read_config(folder: Path) -> DictConfig:
+    """The config of a run directory, which may be somebody else's.
+
+    Raises:
+        ValueError: if it cannot be read, is not one that was frozen here, names a foreign target or
+            a folder that is none, or if a link leads out of the directory.
+    """
+    file = folder / "config.yaml"
+    check_links(folder)
+    try:
+        config = OmegaConf.load(file)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} is not readable YAML: {reason}") from None
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{file} is not a mapping")
+    raw = OmegaConf.to_container(config, resolve=False)
+    if "${" in json.dumps(raw, default=str):
+        raise ValueError(f"{file} has a value with '${{': a frozen config refers to nothing")
+    check_targets(raw, str(file))
+    for key in ("suite", "model.name", "data.name"):
+        value = OmegaConf.select(config, key)
+        if value is not None:
+            folder_name(value, f"{file}: {key}")
+    return config
+
+
+def check_links(folder: Path) -> None:
+    """Raise ValueError if something that a run directory should hold is a link out of it."""
+    inside = folder.resolve()
+    for name in FOLDERS:
+        if not (folder / name).is_dir():
+            continue
+        for path in (folder / name).iterdir():
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise ValueError(f"{path} is a link out of its run directory: copy the file there")

@@ -1,19 +1,18 @@
-"""Counted parameters and FLOPs against published and hand-computed numbers; matching solves."""
+"""Counted parameters and FLOPs against published and hand-computed numbers; sizes are met."""
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.gpt.model import GPT
 from models.language_model import LanguageModel, count_parameters
 from models.rwkv4.model import RWKV4
-from models.sizing import MEASURES, matched_gpt, matched_sizes
+from models.sizing import MEASURES, build_empty, solve
 
-CONF = Path(__file__).parents[2] / "conf" / "model"
+from ..presets import MODELS, SIZES, empty, frozen, net
+
 RWKV_TOTAL = {  # paper.md 1.7: counted on the official state dicts
     "169m": 169_342_464,
     "430m": 430_397_440,
@@ -34,40 +33,46 @@ PYTHIA = {  # paper.md 5.1: non-embedding, total
     "6b9": (6_444_163_072, 6_857_302_016),
     "12b": (11_327_027_200, 11_846_072_320),
 }
-SMALL = ("nano", "micro", "tiny", "mini", "small", "base")
-
-
-def build(name: str, vocab_size: int, ctx_len: int) -> LanguageModel:
-    cfg = OmegaConf.load(CONF / f"{name}.yaml")
-    cfg = OmegaConf.merge(cfg, {"data": {"vocab_size": vocab_size}, "ctx_len": ctx_len})
-    with torch.device("meta"):
-        return instantiate(cfg.net)
 
 
 @pytest.mark.parametrize("size", RWKV_TOTAL)
-def test_rwkv_and_its_gpt_have_the_size_in_the_name(size: str) -> None:
-    rwkv = count_parameters(build(f"rwkv4_{size}", 50277, 1024))["total"]
+def test_the_papers_sizes_are_exact(size: str) -> None:
+    rwkv = count_parameters(empty("rwkv4", size, 50277, 1024))["total"]
     assert rwkv == RWKV_TOTAL[size]
-    stated = float(size.replace("b", ".").rstrip("m.")) * (1e9 if "b" in size else 1e6)
-    assert rwkv == pytest.approx(stated, rel=0.06)  # "7b" has 7.39e9, "14b" 14.1e9
-    gpt = build(f"gpt_{size}", 50277, 1024)
-    assert count_parameters(gpt)["total"] == pytest.approx(rwkv, rel=5e-3)
+    gpt = net("gpt", size, 50277, 1024)
+    assert gpt["n_ffn"] == 4.5 * gpt["n_embd"]  # as many weights a layer as RWKV-4's 13 C^2
+    counted = count_parameters(empty("gpt", size, 50277, 1024))["total"]
+    assert counted == pytest.approx(rwkv, rel=5e-3)
 
 
 @pytest.mark.parametrize("size", PYTHIA)
 def test_pythia_has_its_published_size(size: str) -> None:
-    counted = count_parameters(build(f"pythia_{size}", 50277, 2048))
+    counted = count_parameters(empty("gpt", f"pythia_{size}", 50277, 2048))
     assert (counted["non_embedding"], counted["total"]) == PYTHIA[size]
 
 
-@pytest.mark.parametrize("size", SMALL)
-@pytest.mark.parametrize("vocab_size", [256, 4096])
-def test_cpu_sizes_are_matched(size: str, vocab_size: int) -> None:
-    rwkv, gpt = (
-        count_parameters(build(f"{family}_{size}", vocab_size, 256)) for family in ("rwkv4", "gpt")
-    )
-    for key, n in rwkv.items():
-        assert gpt[key] == pytest.approx(n, rel=5e-3)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_architecture_has_every_size(model: str, size: str) -> None:
+    match = frozen(f"model={model}", f"size={size}", "data.vocab_size=256")["model"]["match"]
+    found = count_parameters(empty(model, size, 256, 256))["non_embedding"]
+    assert match["found"] == found
+    assert found == pytest.approx(match["wanted"], rel=5e-3)
+    assert match["deviation"] == pytest.approx(found / match["wanted"] - 1, abs=1e-6)
+
+
+@pytest.mark.parametrize("by", MEASURES)
+def test_the_measure_is_a_choice(by: str) -> None:
+    rwkv = empty("rwkv4", "tiny", 256, 256)
+    gpt = empty("gpt", "tiny", 256, 256, f"match={by}")
+    assert MEASURES[by](gpt) == pytest.approx(MEASURES[by](rwkv), rel=6e-3)
+
+
+def test_a_size_that_is_not_met_is_refused_unless_asked_for() -> None:
+    shape = ("model=gpt", "size=pico", "data.vocab_size=256")
+    with pytest.raises(ValueError, match=r"comes no nearer to its size than \+0\.2%"):
+        frozen(*shape, "match_tolerance=0.001")
+    frozen(*shape, "match_tolerance=0.003")
 
 
 def test_count_leaves_out_embedding_and_head() -> None:
@@ -91,14 +96,14 @@ def test_flops_by_hand() -> None:
 
 @pytest.mark.parametrize(("size", "published"), [("169m", 2.613e8), ("3b", 5.710e9)])
 def test_published_forward_flops(size: str, published: float) -> None:
-    flops = build(f"rwkv4_{size}", 50277, 1024).matmul_flops_per_token(1024)
+    flops = empty("rwkv4", size, 50277, 1024).matmul_flops_per_token(1024)
     assert flops == pytest.approx(published, rel=3e-4)
 
 
 @pytest.mark.parametrize("family", ["rwkv4", "gpt"])
 def test_matmul_flops_equal_torchs_count(family: str) -> None:
     B, T = 2, 33
-    model = build(f"{family}_micro", 256, T)
+    model = empty(family, "micro", 256, T)
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         model(torch.zeros(B, T, dtype=torch.int64))
     counted = counter.get_total_flops()
@@ -108,49 +113,33 @@ def test_matmul_flops_equal_torchs_count(family: str) -> None:
 
 
 @pytest.mark.parametrize("by", MEASURES)
-@pytest.mark.parametrize(("source", "target"), [(RWKV4, GPT), (GPT, RWKV4)])
-def test_matching_both_ways(source: type, target: type, by: str) -> None:
-    heads = {GPT: {"n_head": 4}, RWKV4: {}}
-    with torch.device("meta"):
-        first = source(vocab_size=300, n_layer=3, n_embd=64, n_ffn=250, ctx_len=32, **heads[source])
-        sizes = matched_sizes(target, first, by, **heads[target])
-        second = target(**sizes)
-    measure = MEASURES[by]
-    wider = {n: measure(target(**sizes | {"n_ffn": sizes["n_ffn"] + n})) for n in (-1, 1)}
-    gap = abs(measure(second) - measure(first))
-    assert gap <= min(abs(value - measure(first)) for value in wider.values())
+@pytest.mark.parametrize(
+    ("source", "target", "heads"), [(RWKV4, GPT, {"n_head": 4}), (GPT, RWKV4, {})]
+)
+def test_the_nearest_width_is_found(
+    source: type[LanguageModel], target: type[LanguageModel], heads: dict[str, Any], by: str
+) -> None:
+    shape = {"vocab_size": 300, "n_layer": 3, "n_embd": 64, "n_ffn": 250, "ctx_len": 32}
+    reference = build_empty(source, shape | {"n_head": 4})
+    match = solve(target, heads, reference, by)
+    assert match.n_ffn % 8 == 0
 
+    def gap(n_ffn: int) -> int:
+        model = build_empty(target, shape | heads | {"n_ffn": n_ffn})
+        return abs(MEASURES[by](model) - match.wanted)
 
-def test_matching_another_shape() -> None:
-    with torch.device("meta"):
-        target = build("rwkv4_169m", 50277, 1024)
-        sizes = matched_sizes(GPT, target, n_layer=10, n_embd=640, n_head=10)
-        total = count_parameters(GPT(**sizes))["total"]
-    assert total == pytest.approx(169_342_464, rel=1e-3)
+    assert gap(match.n_ffn) == min(gap(match.n_ffn + step) for step in (-8, 0, 8))
 
 
 @pytest.mark.parametrize(
-    ("by", "sizes", "message"),
+    ("by", "settings", "message"),
     [
-        ("weight", {"n_head": 2}, "choose one of total, non_embedding, flops"),
+        ("weight", {"n_head": 2}, "choose non_embedding, total, flops"),
         ("total", {"n_head": 3}, "n_head must divide n_embd"),
-        ("total", {"n_head": 2, "n_embd": 512}, "more than the .* to match; make it smaller"),
-        ("total", {"n_head": 2, "heads": 2}, "unexpected keyword argument 'heads'"),
-        ("total", {}, "missing a required argument: 'n_head'"),
+        ("total", {"n_head": 2, "n_embd": 512}, "more than the .* to match: make it smaller"),
     ],
 )
-def test_impossible_matches_say_so_in_one_line(by: str, sizes: dict, message: str) -> None:
-    target = build("rwkv4_tiny", 256, 64)
+def test_impossible_matches_say_so_in_one_line(by: str, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        matched_sizes(GPT, target, by, **sizes)
+        solve(GPT, settings, empty("rwkv4", "tiny", 256, 64), by)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("by", ["total", "non_embedding", "flops"])
-def test_matched_gpt_is_the_size_of_the_rwkv(by: str) -> None:
-    with torch.device("meta"):
-        rwkv = RWKV4(256, n_layer=3, n_embd=64, ctx_len=128)
-    gpt = matched_gpt(256, 128, n_layer=3, n_embd=64, n_head=2, by=by)
-    assert MEASURES[by](gpt) == pytest.approx(MEASURES[by](rwkv), rel=0.005)
-    with pytest.raises(ValueError, match="n_head must divide"):
-        matched_gpt(256, 128, n_layer=3, n_embd=64, n_head=5)
