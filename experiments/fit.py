@@ -13,12 +13,14 @@ import sys
 
 from experiments.config.entry import one_line_errors
 from experiments.runs.run_dir import RunDir
+from experiments.system.signals import die_with_parent
 from experiments.training.fit import attempt
 
 
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python -m experiments.fit RUN_DIR")
+    die_with_parent()
     with one_line_errors():
         attempt(RunDir(sys.argv[1]))
 

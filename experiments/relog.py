@@ -34,7 +34,7 @@ def relog(cfg: DictConfig) -> None:
         if loggers is None:
             raise ValueError("say where to log: logger=tensorboard, logger=wandb or logger=mlflow")
         try:
-            with run.claim():
+            with run.lock():
                 loggers.log_metrics({})
                 loggers.finalize("success" if run.finished else "failed")
         except RunLocked as error:

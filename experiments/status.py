@@ -1,7 +1,4 @@
-"""How far a suite is: ``python -m experiments.status suite=NAME``.
-
-Everything is read from the run directories; nothing in them is changed or kept from changing.
-"""
+"""How far a suite is: ``python -m experiments.status suite=NAME``."""
 
 from pathlib import Path
 
@@ -9,14 +6,15 @@ from omegaconf import DictConfig
 
 from experiments.config.entry import entry
 from experiments.runs.run_dir import find_runs
-from experiments.runs.state import state, table, total
+from experiments.runs.state import progress_of
+from experiments.sweeps.table import table, total
 
 
 @entry("status")
 def main(cfg: DictConfig) -> None:
-    states = [state(run) for run in find_runs(Path(cfg.paths.runs) / cfg.suite / "*" / "*")]
-    print(table(states))
-    print(total(states))
+    runs = [progress_of(run) for run in find_runs(Path(cfg.paths.runs) / cfg.suite / "*" / "*")]
+    print(table(runs))
+    print(total(runs))
 
 
 if __name__ == "__main__":

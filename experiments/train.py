@@ -1,7 +1,7 @@
 """Train one run, or with ``-m`` (or an experiment's own grid) many.
 
 Every run is frozen into its directory first and trained in a fresh process from there. The same
-command again skips what is finished, goes on with what is not, and refuses what differs.
+command again skips what is finished, resumes what is not, and refuses what differs.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from experiments.config.checks import check_launch
 from experiments.config.entry import entry
-from experiments.runs.run_dir import RunDir
-from experiments.sweeps.grid import locate
-from experiments.sweeps.local import Pool
+from experiments.runs.run_dir import RunDir, yaml_of
+from experiments.sweeps.local import train_all
+from experiments.sweeps.slurm import queued_elsewhere
 from experiments.sweeps.sweep import exit_code, is_local
 from experiments.sweeps.trial import COMMAND, Stops
 from experiments.system import ranks
@@ -31,7 +31,7 @@ def train(run: RunDir) -> int:
         print(f"{run.name}: finished already", flush=True)
         return 0
     with Stops() as stops:
-        (outcome,) = Pool([run], [{}], False, stops).train()
+        (outcome,) = train_all([run], [{}], False, stops)
     if outcome.exit_code == 2 and not run.manifest and not run.has_training:
         shutil.rmtree(run.path)  # bad input, nothing trained: leave nothing behind
         with contextlib.suppress(OSError):  # nor an empty folder of this model
@@ -47,7 +47,7 @@ def train_together(path: Path, frozen: dict[str, Any]) -> None:
     Raises:
         ValueError: if the config cannot be frozen, or is not within five minutes.
     """
-    file, text = path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(frozen)).encode()
+    file, text = path / "config.yaml", yaml_of(frozen).encode()
     deadline = time.monotonic() + 300
     if ranks.started_as() == 0:
         run = RunDir.store(path, frozen)
@@ -71,11 +71,11 @@ def main(cfg: DictConfig) -> None:
     """One run; a multirun never comes here, `experiments.sweeps.sweep` ends it."""
     check_launch(cfg)
     if not is_local(HydraConfig.get().launcher):
-        raise ValueError("hydra/launcher trains the cells of a sweep: add -m")
-    path, frozen = locate(cfg, list(HydraConfig.get().overrides.task))
+        raise ValueError("hydra/launcher trains the trials of a sweep: add -m")
+    path, frozen = RunDir.locate(cfg, list(HydraConfig.get().overrides.task))
     if ranks.started() and not cfg.dry_run:
         train_together(path, frozen)
-    run = RunDir.store(path, frozen)
+    run = RunDir.store(path, frozen, queued_elsewhere)
     if cfg.dry_run:
         print(f"would train {run.path}")
         return

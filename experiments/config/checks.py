@@ -33,13 +33,15 @@ class Number:
 
     def fault(self, value: Any) -> str:
         kinds: Any = int if self.whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
-            return "a whole number" if self.whole else "a number"
-        if self.above and value <= self.least:
-            return f"above {self.least}"
-        if value < self.least:
-            return f"{self.least} or more"
-        return f"at most {self.most}" if value > self.most else ""
+        right = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+        if right and self.least <= value <= self.most and not (self.above and value == self.least):
+            return ""
+        words = "a whole number" if self.whole else "a number"
+        if self.most < math.inf:
+            return f"{words} from {self.least} to {self.most}"
+        if self.least == -math.inf:
+            return words
+        return f"{words} above {self.least}" if self.above else f"{words}, {self.least} or more"
 
 
 class OneOf:

@@ -1,6 +1,6 @@
-"""The cells of a sweep as tasks of Ray: on this machine, or on a cluster that shares the folders.
+"""The trials of a sweep as tasks of Ray: on this machine, or on a cluster that shares the folders.
 
-Hydra has a Ray launcher. It is not used: it forgets all other cells when one worker dies, and it
+Hydra has a Ray launcher. It is not used: it forgets all other trials when one worker dies, and it
 wants boto3 and an older cloudpickle.
 """
 
@@ -9,21 +9,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.runs.run_dir import RunDir
-from experiments.sweeps.trial import Outcome
+from experiments.runs.state import State
+from experiments.sweeps.trial import Outcome, train_when_free
 
 
 def launch(
-    cells: Sequence[RunDir], init: dict[str, Any], remote: dict[str, Any], fail_fast: bool
+    trials: Sequence[RunDir], init: dict[str, Any], remote: dict[str, Any], fail_fast: bool
 ) -> list[Outcome]:
-    """Train cells as tasks of Ray and wait for them; the outcomes in the order of the cells.
+    """Train trials as tasks of Ray and wait for them; the outcomes in the order of the trials.
 
-    A task whose worker dies is tried again by Ray, from the cell's last checkpoint. If this process
-    ends, Ray ends its tasks, which save first.
+    A task whose worker dies is tried again by Ray, from the last checkpoint. If this process ends,
+    Ray ends its tasks, which save first.
 
     Args:
         init: arguments of ``ray.init``.
         remote: arguments of ``ray.remote``; `num_gpus` null is one where there is any.
-        fail_fast: if a cell fails, tell the others to save and stop.
+        fail_fast: if a trial fails, tell the others to save and stop.
 
     Raises:
         ValueError: if Ray is not installed, not to be reached, or has not what a task asks for.
@@ -50,22 +51,20 @@ def launch(
                 )
         task = ray.remote(**remote)(train)
         folder = os.getcwd()
-        tasks = {task.remote(folder, str(run.path)): run for run in cells}
+        tasks = {task.remote(folder, str(run.path)): run for run in trials}
         return collect(tasks, fail_fast)
     finally:
         ray.shutdown()
 
 
 def train(folder: str, path: str) -> Outcome:
-    """What a worker runs: one cell, with paths as where the sweep was started."""
-    from experiments.sweeps.cluster import train_when_free
-
+    """What a worker runs: one trial, with paths as where the sweep was started."""
     os.chdir(folder)
     return train_when_free(RunDir(path))
 
 
 def collect(tasks: dict[Any, RunDir], fail_fast: bool) -> list[Outcome]:
-    """Wait for all tasks; one that Ray gave up is a failed cell."""
+    """Wait for all tasks; one that Ray gave up is a failed trial."""
     import ray
 
     outcomes: dict[Any, Outcome] = {}
@@ -77,12 +76,14 @@ def collect(tasks: dict[Any, RunDir], fail_fast: bool) -> list[Outcome]:
             try:
                 outcome = ray.get(one)
             except ray.exceptions.TaskCancelledError:
-                outcome = Outcome(str(run.path), "interrupted", "fail_fast: never started", 1)
+                outcome = Outcome(str(run.path), State.INTERRUPTED, "fail_fast: never started", 1)
             except ray.exceptions.RayError as error:
-                outcome = Outcome(str(run.path), "failed", f"Ray: {str(error).splitlines()[0]}", 1)
+                outcome = Outcome(
+                    str(run.path), State.FAILED, f"Ray: {str(error).splitlines()[0]}", 1
+                )
             outcomes[one] = outcome
-            print(f"{run.name}: {outcome.status} {outcome.detail}".rstrip(), flush=True)
-            if outcome.status == "failed" and fail_fast:
+            print(f"{run.name}: {outcome.state} {outcome.detail}".rstrip(), flush=True)
+            if outcome.state is State.FAILED and fail_fast:
                 for other in left:
                     ray.cancel(other)
     return [outcomes[one] for one in tasks]

@@ -1,24 +1,24 @@
-"""Where the cells of a sweep are trained that run at the same time on this machine."""
+"""Device slots: where the trials that run at the same time on this machine are trained."""
 
 from omegaconf import DictConfig
 
 from experiments.system.machine import n_cores, visible_gpus
 
-Place = dict[str, str]  # what the environment of a process there has besides ours
+Slot = dict[str, str]  # what the environment of a process there has besides ours
 
 
-def places(jobs: int | str, trainer: DictConfig) -> list[Place]:
-    """One place for each of the cells that are trained at once.
+def device_slots(jobs: int | str, trainer: DictConfig) -> list[Slot]:
+    """One slot for each of the trials that are trained at once.
 
     A GPU is given by name. Cores are only counted: pinned to one that another program uses, a
     process would starve while others are idle.
 
     Args:
         jobs: how many, or "auto": as many as there are GPUs or, without, cores.
-        trainer: the cells' conf/trainer, which says what a cell needs.
+        trainer: the trials' conf/trainer, which says what one needs.
 
     Raises:
-        ValueError: if a cell needs more than there is.
+        ValueError: if a trial needs more than there is.
     """
     if jobs == 1:
         return [{}]
@@ -27,8 +27,8 @@ def places(jobs: int | str, trainer: DictConfig) -> list[Place]:
     each = n_here if trainer.devices in ("auto", -1, "-1") else trainer.devices
     if not isinstance(each, int) or not 0 < each <= n_here:
         raise ValueError(
-            f"jobs={jobs} with trainer.devices={trainer.devices}: this machine has {n_here} "
-            f"{'GPUs' if gpus else 'cores'}; set trainer.devices to how many a cell gets"
+            f"jobs={jobs} with execution.trainer.devices={trainer.devices}: this machine has "
+            f"{n_here} {'GPUs' if gpus else 'cores'}; set it to how many a trial gets"
         )
     n_jobs = n_here // each if jobs == "auto" else int(jobs)
     if not gpus:  # what a run with n_threads=null takes

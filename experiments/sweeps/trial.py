@@ -1,4 +1,4 @@
-"""One cell of a sweep: a frozen run, trained to its end by a process of its own."""
+"""One trial of a sweep: a frozen run, trained to its end by a process of its own."""
 
 import contextlib
 import os
@@ -6,105 +6,113 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from experiments.config.entry import one_line
 from experiments.runs.run_dir import RunDir
+from experiments.runs.state import RESUMES, State, state_of
 from experiments.system.files import write_text
-from experiments.system.locks import Claim, RunLocked
-from experiments.system.signals import ASK_REQUEUE, REQUEUE
+from experiments.system.locks import LEASE_S, RunLocked, holding
+from experiments.system.signals import ASK_REQUEUE, BUSY, PARENT, REQUEUE
 
 COMMAND = [sys.executable, "-m", "experiments.fit"]
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
+class By(StrEnum):
+    """Who brought a trial into its state."""
+
+    US = "this launch"
+    BEFORE = "an earlier launch"
+    OTHERS = "another launch"
+
+
 @dataclass
 class Outcome:
-    """How one cell of a sweep ended."""
+    """How a trial stands when a launch is done with it.
+
+    Attributes:
+        run: its directory; or its overrides, if it came to none.
+        detail: the result, the reason, or who is at it.
+        exit_code: of its process; that of a run to be requeued is `REQUEUE`.
+    """
 
     run: str
-    # done, skipped (finished before), other (done by another launch), failed, interrupted,
-    # requeue, elsewhere, waiting
-    status: str
+    state: State
     detail: str = ""
     exit_code: int = 0
+    by: By = By.US
 
 
-def train_cell(run: RunDir) -> Outcome:
+def train_trial(
+    run: RunDir,
+    stops: "Stops",
+    environment: dict[str, str] | None = None,
+    log: bool = False,
+    failed_before: int | None = None,
+) -> Outcome:
     """Train a frozen run to its end in a fresh process, which is told of signals that we get.
 
-    The outcome is `elsewhere` if another process holds the run, and `requeue` (exit code 75) if it
-    was stopped by SIGUSR1 or SIGUSR2, saved, and wants to be started again.
-    """
-    if run.finished:
-        return Outcome(str(run.path), "skipped")
-    try:
-        claim = run.claim(training=False)
-    except RunLocked as error:
-        return Outcome(str(run.path), "elsewhere", str(error))
-    except (OSError, ValueError) as error:  # ValueError: a link out of the directory
-        return Outcome(str(run.path), "failed", one_line(error), 1)
-    with Stops() as stops:
-        child = Child(run, claim)
-        stops.add(child)
-        return child.outcome(child.process.wait())
-
-
-class Child:
-    """The process that trains a claimed run.
+    The outcome is RUNNING if another process holds the run.
 
     Args:
-        run: the frozen run.
-        claim: the launcher's claim on it; handed to the child.
-        environment: what the child's environment has beyond ours.
+        environment: what the process's environment has beyond ours.
         log: True if its output goes into the run's ``log.txt``, not to our own.
+        failed_before: the run's `error_stamp` when this launch began; if it has another by now,
+            another launch has tried it meanwhile.
     """
+    path = str(run.path)
+    try:
+        with holding(run.launch_file):
+            if run.finished:
+                return Outcome(path, State.DONE, run.summary(), by=By.OTHERS)
+            if error_stamp(run) not in (None, failed_before):
+                return Outcome(path, State.FAILED, run.error(), 1, By.OTHERS)
+            run.error_file.unlink(missing_ok=True)  # of the attempt before
+            process = start(run, environment, log)
+            with stops.telling(process):
+                code = process.wait()
+            if code < 0:  # its own processes, data loaders and ranks, must not outlive it
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            return judge(run, code)
+    except RunLocked as error:
+        return Outcome(path, State.RUNNING, str(error), by=By.OTHERS)
+    except (OSError, ValueError, KeyError) as error:  # its files are damaged, or cannot be written
+        return Outcome(path, State.FAILED, one_line(error), 1)
 
-    def __init__(
-        self,
-        run: RunDir,
-        claim: Claim,
-        environment: dict[str, str] | None = None,
-        log: bool = False,
-    ) -> None:
-        self.run, self.claim = run, claim
-        (run.path / "error.txt").unlink(missing_ok=True)  # of the attempt before
-        output = open(run.path / "log.txt", "ab") if log else None  # noqa: SIM115
-        try:
-            self.process = subprocess.Popen(
-                [*COMMAND, str(run.path)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={**os.environ, **(environment or {}), **claim.environment()},
-                pass_fds=() if claim.lock is None else (claim.lock,),
-                process_group=0,  # a terminal's Ctrl-C reaches it through us alone, and once
-            )
-        except BaseException:
-            claim.release()
-            raise
-        finally:
-            if output is not None:
-                output.close()
-        claim.close_lock()
 
-    def outcome(self, code: int) -> Outcome:
-        """What the ended process came to; its claim is released."""
-        if code < 0:  # its own processes, data loaders and ranks, must not outlive it
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-        try:  # while we hold it: who claims it next must see the error, and no later one
-            gone = self.run.finished or not self.run.path.is_dir()
-            if not gone and not self.claim.retake():
-                return Outcome(str(self.run.path), "elsewhere", "another process goes on with it")
-            return judge(self.run, code)
-        except (OSError, ValueError, KeyError) as error:  # somebody removed or damaged its files
-            return Outcome(str(self.run.path), "failed", one_line(error), 1)
-        finally:
-            self.claim.release()
+def train_when_free(run: RunDir) -> Outcome:
+    """`train_trial`, as soon as an earlier job of the same trial that has died lets go of it."""
+    start, failed_before = time.monotonic(), error_stamp(run)
+    while True:
+        with Stops() as stops:
+            outcome = train_trial(run, stops, failed_before=failed_before)
+        if outcome.state is not State.RUNNING or time.monotonic() - start > LEASE_S + 20:
+            return outcome
+        time.sleep(1)
+
+
+def start(
+    run: RunDir, environment: dict[str, str] | None = None, log: bool = False
+) -> subprocess.Popen[bytes]:
+    """Start the process that trains a run; if this one dies, that one saves and stops."""
+    output = open(run.log_file, "ab") if log else None  # noqa: SIM115
+    with output or contextlib.nullcontext():
+        return subprocess.Popen(
+            [*COMMAND, str(run.path)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **(environment or {}), PARENT: str(os.getpid())},
+            process_group=0,  # a terminal's Ctrl-C reaches it through us alone, and once
+        )
 
 
 def judge(run: RunDir, code: int) -> Outcome:
@@ -113,28 +121,36 @@ def judge(run: RunDir, code: int) -> Outcome:
     Raises:
         ValueError, OSError: if files of the run are damaged or gone.
     """
-    path, error_file = str(run.path), run.path / "error.txt"
-    if run.finished:  # whatever hit the process afterwards
-        return Outcome(path, "done", run.summary())
+    path = str(run.path)
+    if not run.path.is_dir():
+        return Outcome(path, State.FAILED, f"{path} was removed while it was in training", 1)
+    state, detail = state_of(run, launching=True)
+    if state is State.DONE:  # whatever hit the process afterwards
+        return Outcome(path, state, detail)
+    if code == BUSY or state is State.RUNNING:
+        return Outcome(path, State.RUNNING, detail, by=By.OTHERS)
     if code in (REQUEUE, *(-number for number in ASK_REQUEUE)):
-        return Outcome(path, "requeue", "stopped; the same command goes on", REQUEUE)
+        return Outcome(path, State.INTERRUPTED, f"stopped; {RESUMES}", REQUEUE)
     for number in (signal.SIGINT, signal.SIGTERM):
         if code in (128 + number, -number):
-            reason = f"stopped by {number.name}; the same command goes on"
-            return Outcome(path, "interrupted", reason, 128 + number)
-    if code > 0 and error_file.is_file():  # the process has written and printed it
-        reason = error_file.read_text(encoding="utf-8").partition("\n")[0]
-        return Outcome(path, "failed", reason, code)
+            reason = f"stopped by {number.name}; {RESUMES}"
+            return Outcome(path, State.INTERRUPTED, reason, 128 + number)
+    if code > 0 and state is State.FAILED:  # the process has written and printed it
+        return Outcome(path, state, detail, code)
     reason = f"training ended with exit code {code}"
     if code < 0:
-        reason = f"training was killed by signal {-code}"
-        reason += " (the system was out of memory?)" if code == -signal.SIGKILL else ""
-        reason += "; the same command goes on"
-    if not run.path.is_dir():
-        reason = f"{run.path} was removed while it was in training"
-    else:
-        write_text(error_file, f"{reason}\n\n{tail(run.path / 'log.txt')}")
-    return Outcome(path, "failed", reason, max(code, 1))
+        killer = " (the system was out of memory?)" if code == -signal.SIGKILL else ""
+        reason = f"training was killed by signal {-code}{killer}; {RESUMES}"
+    write_text(run.error_file, f"{reason}\n\n{tail(run.log_file)}")
+    return Outcome(path, State.FAILED, reason, max(code, 1))
+
+
+def error_stamp(run: RunDir) -> int | None:
+    """When the run last failed, by the file's time; None if it did not."""
+    try:
+        return run.error_file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def tail(log: Path, n_bytes: int = 10_000) -> str:
@@ -146,7 +162,7 @@ def tail(log: Path, n_bytes: int = 10_000) -> str:
 
 
 class Stops:
-    """Within it, a signal that asks to stop is remembered and passed on to the children.
+    """Within it, a signal that asks to stop is remembered and passed on to the trials' processes.
 
     A second Ctrl-C kills them. Outside the main thread, where Python allows no handlers, nothing
     is changed.
@@ -154,13 +170,26 @@ class Stops:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.children: list[Child] = []
+        self.stopping = False  # no other trial is started
+        self._processes: list[subprocess.Popen[bytes]] = []
         self._previous: dict[signal.Signals, Any] = {}
 
-    def add(self, child: Child) -> None:
-        self.children.append(child)
-        if self.received is not None:  # it came while the child was starting
-            tell(child, self.received)
+    @contextlib.contextmanager
+    def telling(self, process: "subprocess.Popen[bytes]") -> Iterator[None]:
+        """Within it, a process is told of the signals."""
+        self._processes.append(process)
+        try:
+            if self.stopping:  # it came while the process was starting
+                tell(process, self.received or signal.SIGTERM)
+            yield
+        finally:
+            self._processes.remove(process)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Start no other trial, and tell those in training to save and stop."""
+        self.stopping = True
+        for process in list(self._processes):
+            tell(process, number)
 
     def __enter__(self) -> "Stops":
         if threading.current_thread() is threading.main_thread():
@@ -177,10 +206,9 @@ class Stops:
         again = number == self.received == signal.SIGINT
         if self.received is None:
             self.received = signal.Signals(number)
-        for child in self.children:
-            tell(child, signal.SIGKILL if again else signal.Signals(number))
+        self.stop(signal.SIGKILL if again else signal.Signals(number))
 
 
-def tell(child: Child, number: signal.Signals) -> None:
-    """Send a signal to a child; a hang-up of the terminal is SIGTERM to it."""
-    child.process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+def tell(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+    """Send a signal to a process; a hang-up of the terminal is SIGTERM to it."""
+    process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)

@@ -1,13 +1,18 @@
 """How a run is asked to stop: signals that are noted, and heeded where it can save."""
 
+import ctypes
 import math
+import os
 import signal
+import sys
 import time
 from types import FrameType
 from typing import Any
 
 ASK_REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)  # a cluster's: time is up, or it is preempted
 REQUEUE = 75  # exit code: saved, wants to be started again; EX_TEMPFAIL of sysexits.h
+BUSY = 79  # exit code: another process holds the run; nothing was done
+PARENT = "RWKV_PARITY_PARENT"  # the process that started a training and looks after it
 CODES = {
     signal.SIGINT: 128 + signal.SIGINT,
     signal.SIGTERM: 128 + signal.SIGTERM,
@@ -51,3 +56,12 @@ class StopRequest:
         self.code = self.code or CODES[signal.Signals(number)]
         if again or not self.training:
             raise SystemExit(self.code)
+
+
+def die_with_parent() -> None:
+    """Get SIGTERM when the process that `PARENT` names ends, if it does; on Linux."""
+    parent = os.environ.pop(PARENT, "")
+    if parent and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+        if os.getppid() != int(parent):
+            sys.exit(128 + signal.SIGTERM)

@@ -1,6 +1,7 @@
 """Train the run that a directory's frozen config describes; nothing else decides what happens."""
 
 import logging
+import sys
 import traceback
 import warnings
 from contextlib import nullcontext, suppress
@@ -25,7 +26,7 @@ from experiments.runs.run_dir import RunDir
 from experiments.runs.trained_model import read_checkpoint
 from experiments.system.files import remove, write_json, write_text
 from experiments.system.locks import RunLocked
-from experiments.system.signals import StopRequest
+from experiments.system.signals import BUSY, StopRequest
 from experiments.training.checkpointing import Checkpoints
 from experiments.training.devices import is_lost_peer, trainer_options
 from experiments.training.loggers import make_loggers
@@ -212,17 +213,19 @@ def quiet_lightning() -> None:
 
 
 def attempt(run: RunDir) -> None:
-    """``fit`` with the run claimed; a failure leaves its reason in ``error.txt``.
+    """``fit`` with the run locked; a failure leaves its reason in ``error.txt``.
 
     Raises:
-        RunFailed: if training failed, or if another process is at it.
+        RunFailed: if training failed.
+        SystemExit: `BUSY`, if another process holds the run.
         ValueError, OSError: for bad input, found before training began.
     """
     try:
-        with run.claim(wait=True) if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
+        with run.lock(wait=True) if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
             attempt_locked(run)
     except RunLocked as error:
-        raise RunFailed(str(error)) from error
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(BUSY) from None
 
 
 def attempt_locked(run: RunDir) -> None:

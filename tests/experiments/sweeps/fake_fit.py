@@ -1,4 +1,4 @@
-"""A stand-in for ``experiments.fit`` that trains nothing: it takes over the claim, counts, ends.
+"""A stand-in for ``experiments.fit`` that trains nothing: it locks the run, counts, ends.
 
 ``FAKE_LOG`` is a file that gets a line at each start and end; ``FAKE_DEEDS`` is JSON that tells by
 run name what happens: a number is seconds of work, else fail, bad, kill (itself), late (itself,
@@ -14,7 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from experiments.system.locks import Claim
+from experiments.runs.run_dir import RunDir
+from experiments.system.locks import RunLocked
+from experiments.system.signals import BUSY, die_with_parent
 
 stopped: list[int] = []
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
@@ -28,7 +30,16 @@ def log(event: str, folder: Path) -> None:
 
 def main() -> int:
     folder = Path(sys.argv[1])
-    with Claim.inherited(folder) or Claim.take(folder), open(folder / "busy", "ab") as busy:
+    die_with_parent()
+    try:
+        with RunDir(folder).lock():
+            return work(folder)
+    except RunLocked:
+        return BUSY
+
+
+def work(folder: Path) -> int:
+    with open(folder / "busy", "ab") as busy:
         log("start", folder)
         try:
             fcntl.flock(busy, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed one holds it no more

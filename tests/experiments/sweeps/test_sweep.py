@@ -1,4 +1,4 @@
-"""Sweeps: what is skipped, retried, refused, shared and stopped. A stand-in trains the cells."""
+"""Sweeps: what is skipped, retried, refused, shared and stopped. A stand-in trains the trials."""
 
 import json
 import os
@@ -8,20 +8,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments import train
+from experiments.config.entry import CONF_DIR
+from experiments.config.identity import plain
 from experiments.runs.run_dir import RunDir, find_runs
-from experiments.sweeps import grid
-from experiments.sweeps import trial as cell
-from experiments.sweeps.local import Progress
-from experiments.sweeps.slots import places
-from experiments.sweeps.trial import Child, Outcome
-from experiments.system.locks import Claim
+from experiments.runs.state import State
+from experiments.sweeps import trial
+from experiments.sweeps.local import Report
+from experiments.sweeps.slots import device_slots
+from experiments.sweeps.trial import Outcome
 from experiments.system.machine import gpu_names
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,8 +31,8 @@ LAUNCH = (
     f"from experiments.sweeps import trial; trial.COMMAND = {FAKE!r}; "
     "from experiments.train import main; main()"
 )
-TWO = ["model=gpt_pico", "seed=0,1"]
-FOUR = ["model=rwkv4_pico", "seed=0,1,2,3"]
+TWO = ["model=gpt", "seed=0,1"]
+FOUR = ["seed=0,1,2,3"]
 
 
 class Suite:
@@ -43,7 +44,7 @@ class Suite:
         self.out = self.err = ""
 
     def arguments(self, *given: str) -> list[str]:
-        return [*given, "suite=s", f"paths.runs={self.runs}", "trainer=cpu"]
+        return ["size=pico", *given, "suite=s", f"paths.runs={self.runs}", "trainer=cpu"]
 
     def launch(self, *given: str, deeds: dict[str, object] | None = None) -> int:
         """Launch in this process; the exit code."""
@@ -52,7 +53,7 @@ class Suite:
             patch.setenv("FAKE_LOG", str(self.log))
             patch.setenv("FAKE_DEEDS", json.dumps(deeds or {}))
             patch.setenv("PYTHONPATH", str(ROOT))
-            patch.setattr(cell, "COMMAND", FAKE)
+            patch.setattr(trial, "COMMAND", FAKE)
             with pytest.raises(SystemExit) as left:
                 train.main()
         self.out, self.err = self.capsys.readouterr()
@@ -91,7 +92,7 @@ def suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Suite:
 
 
 def test_the_same_command_skips_what_is_done_and_a_longer_one_adds(suite: Suite) -> None:
-    both = "model=rwkv4_pico,gpt_pico"
+    both = "model=rwkv4,gpt"
     assert suite.launch(both, "seed=0,1", "jobs=3") == 0
     assert "4 trained, 0 finished before, 0 failed" in suite.out
     assert sorted(suite.events("start")) == sorted(
@@ -109,7 +110,7 @@ def test_the_same_command_skips_what_is_done_and_a_longer_one_adds(suite: Suite)
 def test_failures_are_counted_kept_and_tried_again(suite: Suite) -> None:
     deeds = {"seed=0": "fail", "seed=1": "kill", "seed=2": "exit", "seed=3": "bad"}
     deeds |= {"seed=5": "remove", "seed=6": "late"}
-    assert suite.launch("model=rwkv4_pico", "seed=range(7)", "jobs=2", deeds=deeds) == 5
+    assert suite.launch("seed=range(7)", "jobs=2", deeds=deeds) == 5
     assert "2 trained, 0 finished before, 5 failed" in suite.out
     assert "seed=5 was removed while it was in training" in suite.err
     reasons = ("it went wrong", "killed by signal 9", "exit code 3", "bad input")
@@ -118,7 +119,7 @@ def test_failures_are_counted_kept_and_tried_again(suite: Suite) -> None:
         assert reason in text.partition("\n")[0]
         assert reason in suite.err
         assert seed not in (1, 2) or "working on" in text  # the end of its output
-    assert suite.launch("model=rwkv4_pico", "seed=range(5)") == 0
+    assert suite.launch("seed=range(5)") == 0
     assert "4 trained, 1 finished before, 0 failed" in suite.out
     assert not list(suite.runs.glob("*/*/*/error.txt"))
 
@@ -152,7 +153,7 @@ def test_a_signal_makes_all_save_and_loses_no_list(suite: Suite, number: str, co
 
 @pytest.mark.slow
 def test_a_second_interrupt_ends_all_at_once(suite: Suite) -> None:
-    slow = suite.start("model=rwkv4_pico", "seed=0,1", "jobs=2", deeds={"": "deaf"})
+    slow = suite.start("seed=0,1", "jobs=2", deeds={"": "deaf"})
     try:
         suite.wait_for("start", 2)
         slow.send_signal(signal.SIGINT)
@@ -165,54 +166,54 @@ def test_a_second_interrupt_ends_all_at_once(suite: Suite) -> None:
     assert slow.returncode == 130
 
 
-def test_a_cell_that_cannot_be_composed_or_frozen_is_a_failed_cell(suite: Suite) -> None:
-    assert suite.launch("model=rwkv4_pico,nosuch", "batch_size=0,4") == 3
+def test_a_trial_that_cannot_be_composed_or_frozen_has_failed(suite: Suite) -> None:
+    assert suite.launch("model=rwkv4,nosuch", "batch_size=0,4") == 3
     assert "1 trained, 0 finished before, 3 failed" in suite.out
     assert (
         "error: model=nosuch batch_size=4: In 'train': Could not find 'model/nosuch'" in suite.err
     )
-    assert "model=rwkv4_pico batch_size=0: batch_size is 0" in suite.err
+    assert "model=rwkv4 batch_size=0: batch_size is 0" in suite.err
 
 
 def test_other_sweepers_and_bad_settings_are_one_line(suite: Suite) -> None:
     for given, message in (
         (["seed=interval(0,1)"], "does not support sweep type"),
-        (["seed=0,1", "jobs=0"], "jobs is 0: it must be a whole number from 1, or auto"),
-        (["seed=0,1", "jobs=2", "trainer.devices=99"], "set trainer.devices to how many"),
-        (["seed=0,1", "hydra.sweeper._target_=a.b.OtherSweeper"], "OtherSweeper cannot be cont"),
+        (["seed=0,1", "jobs=0"], "jobs is 0: it must be a whole number, 1 or more, or auto"),
+        (["seed=0,1", "jobs=2", "execution.trainer.devices=99"], "set it to how many a trial"),
+        (["seed=0,1", "hydra.sweeper._target_=a.b.OtherSweeper"], "OtherSweeper cannot be resumed"),
         (["seed=0,(1"], "Error parsing override 'seed=0,(1'"),
         (["seed=0,1", "dry_run=flase"], "dry_run is 'flase': it must be true or false"),
     ):
-        assert suite.launch("model=rwkv4_pico", *given) == 2
+        assert suite.launch(*given) == 2
         assert suite.err.startswith("error: ")
         assert message in suite.err
         assert suite.err.count("\n") == 1
     assert not suite.events("start")
 
 
-def test_two_points_of_one_directory_are_not_one_cell(suite: Suite) -> None:
+def test_two_points_of_one_directory_are_not_one_trial(suite: Suite) -> None:
     for n_done, losses in enumerate(("full,chunked", "chunked,full")):
-        assert suite.launch("model=rwkv4_pico", "seed=0", f"loss={losses}") == 1
+        assert suite.launch("seed=0", f"execution.loss={losses}") == 1
         assert f"{1 - n_done} trained, {n_done} finished before, 1 failed" in suite.out
-        assert "differ in loss, which no directory is named by" in suite.err
+        assert "differ in execution.loss, which no directory is named by" in suite.err
 
 
 def test_duplicates_are_trained_once(suite: Suite) -> None:
-    assert suite.launch("model=rwkv4_pico", "seed=1,1,1", "budget_tokens=5e5,500000") == 0
+    assert suite.launch("seed=1,1,1", "budget_tokens=5e5,500000") == 0
     assert len(suite.events("start")) == 1
     assert "1 trained" in suite.out
 
 
 @pytest.mark.slow
-def test_an_edited_config_does_not_reach_a_cell_that_waits_in_a_live_launch(suite: Suite) -> None:
-    slow = suite.start("model=rwkv4_pico", "seed=0,1", deeds={"seed=0": 60})
+def test_an_edited_config_does_not_reach_a_trial_that_waits_in_a_live_launch(suite: Suite) -> None:
+    slow = suite.start("seed=0,1", deeds={"seed=0": 60})
     try:
         suite.wait_for("start", 1)
         waiting = suite.run("rwkv4_pico/seed=1")
         frozen = (waiting.path / "config.yaml").read_text()
         edited = frozen.replace("ctx_len: 256", "ctx_len: 128")
         (waiting.path / "config.yaml").write_text(edited)  # as if it was frozen from another yaml
-        assert suite.launch("model=rwkv4_pico", "seed=1") == 1
+        assert suite.launch("seed=1") == 1
         assert "seed=1 waits with another config (ctx_len: 128 -> 256" in suite.err
         assert "in the launch by" in suite.err
         assert (waiting.path / "config.yaml").read_text() == edited
@@ -220,13 +221,12 @@ def test_an_edited_config_does_not_reach_a_cell_that_waits_in_a_live_launch(suit
         slow.kill()
         slow.communicate()
     suite.wait_for("stopped", 1)  # told by the system that its launcher is gone
-    assert suite.launch("model=rwkv4_pico", "seed=0,1") == 0  # that launch is dead
+    assert suite.launch("seed=0,1") == 0  # that launch is dead
     assert (waiting.path / "config.yaml").read_text() == frozen
     assert "2 trained" in suite.out
 
 
-@pytest.mark.slow
-def test_damaged_entries_cost_their_own_cell_one_line(suite: Suite) -> None:
+def test_damaged_entries_cost_their_own_trial_one_line(suite: Suite) -> None:
     assert suite.launch(*FOUR) == 0
     paths = [suite.run(f"rwkv4_pico/seed={seed}").path for seed in range(4)]
     (paths[0] / "result.json").write_text('{"val/lo')
@@ -234,9 +234,7 @@ def test_damaged_entries_cost_their_own_cell_one_line(suite: Suite) -> None:
     (paths[1] / "config.yaml").write_bytes(b"\xff\x00[" + config[:50])
     for path in paths[2:]:
         (path / "result.json").unlink()
-    (paths[2] / "config.yaml").write_bytes(config[: len(config) // 2])  # never trained: made anew
-    next(paths[3].glob(".claim.*")).write_bytes(json.dumps({"released": True}).encode())
-    (suite.runs / "s" / ".cells.json").write_bytes(b'{"key": "')
+    (paths[2] / "config.yaml").write_bytes(config[: len(config) // 2])  # never trained: made again
     assert suite.launch(*FOUR) == 2
     lines = [line for line in suite.err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 2
@@ -245,68 +243,12 @@ def test_damaged_entries_cost_their_own_cell_one_line(suite: Suite) -> None:
     assert "2 trained, 0 finished before, 2 failed" in suite.out
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "{",
-        "[1]",
-        '{"key": "k"}',
-        '{"key": "k", "cells": [3]}',
-        '{"key": "k", "cells": {"a": 3}}',
-        '{"key": "k", "cells": {"a": ["x", []]}}',
-        '{"key": "k", "cells": {"a": ["/", {"/nowhere": [1, 2, 3]}]}}',
-    ],
-)
-def test_what_is_remembered_may_be_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
-    monkeypatch.setattr(grid, "config_key", lambda config: "k")
-    (tmp_path / "s").mkdir()
-    (tmp_path / "s" / ".cells.json").write_text(text)
-    config = OmegaConf.create({"suite": "s", "paths": {"runs": str(tmp_path)}})
-    assert grid.Remembered(config).known(["a"]) is None
-
-
 @pytest.mark.slow
-def test_a_remembered_cell_counts_only_while_nothing_it_depends_on_changed(
-    suite: Suite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    composed: list[int] = []
-    compose = grid.compose
-
-    def counted(*args):  # type: ignore[no-untyped-def]
-        composed.append(1)
-        return compose(*args)
-
-    monkeypatch.setattr(grid, "compose", counted)
-
-    def composing(change: Callable[[], object] = lambda: None) -> int:
-        change()
-        composed.clear()
-        assert suite.launch(*TWO) == 0
-        return len(composed)
-
-    assert composing() == 2
-    assert composing() == 0
-    config = suite.run("gpt_pico/seed=0").path / "config.yaml"
-    assert composing(lambda: config.write_text(config.read_text())) == 1
-    assert composing((suite.run("gpt_pico/seed=1").path / "result.json").unlink) == 0
-    assert "1 trained, 1 finished before" in suite.out
-    assert composing((suite.runs / "s" / ".cells.json").unlink) == 2
-    monkeypatch.setattr(grid, "config_key", lambda config: "another conf/")
-    assert composing() == 2
-    monkeypatch.setattr(grid, "config_key", lambda config: "")  # it depends on the environment
-    assert composing() == 2
-    assert composing() == 2
-
-
-@pytest.mark.slow
-def test_a_cell_in_training_elsewhere_is_waited_for_and_not_trained_again(suite: Suite) -> None:
-    first = suite.start("model=rwkv4_pico", "seed=0,1,2", deeds={"": 0.5})
+def test_a_trial_in_training_elsewhere_is_waited_for_and_not_trained_again(suite: Suite) -> None:
+    first = suite.start("seed=0,1,2", deeds={"": 0.5})
     try:
         suite.wait_for("start", 1)
-        assert suite.launch("model=rwkv4_pico", "seed=0,1,2", deeds={"": 0.5}) == 0
+        assert suite.launch("seed=0,1,2", deeds={"": 0.5}) == 0
         _, err = first.communicate(timeout=60)
     finally:
         first.kill()
@@ -317,22 +259,22 @@ def test_a_cell_in_training_elsewhere_is_waited_for_and_not_trained_again(suite:
     assert "done: s/rwkv4_pico/seed=0" in suite.out
 
 
-def test_a_killed_cell_that_another_launch_took_over_at_once_has_not_failed(
+def test_a_killed_trial_that_another_process_took_over_at_once_has_not_failed(
     suite: Suite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the death of the process and the look of the launch that had started it."""
-    original, taken = Child.outcome, list[str]()
+    judge, seen = trial.judge, list[State]()
 
-    def slower(child: Child, code: int) -> Outcome:
-        with Claim.take(child.run.path, training=False):
-            outcome = original(child, code)
-            taken.append(outcome.status)
-            (child.run.path / "result.json").write_text("{}")
+    def slower(run: RunDir, code: int) -> Outcome:
+        with run.lock():
+            outcome = judge(run, code)
+        seen.append(outcome.state)
+        run.result_file.write_text("{}")
         return outcome
 
-    monkeypatch.setattr(Child, "outcome", slower)
-    assert suite.launch("model=rwkv4_pico", "seed=0", deeds={"": "kill"}) == 0
-    assert taken == ["elsewhere"]
+    monkeypatch.setattr(trial, "judge", slower)
+    assert suite.launch("seed=0", deeds={"": "kill"}) == 0
+    assert seen == [State.RUNNING]
     assert "0 trained, 0 finished before, 0 failed, 1 trained by other launches" in suite.out
     assert not list(suite.runs.glob("*/*/*/error.txt"))
 
@@ -340,23 +282,39 @@ def test_a_killed_cell_that_another_launch_took_over_at_once_has_not_failed(
 def test_what_failed_in_another_launch_is_reported_and_not_tried_again(
     suite: Suite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert suite.launch("model=rwkv4_pico", "seed=0", deeds={"": "fail"}) == 1
-    held = Claim.take(suite.run("rwkv4_pico/seed=0").path, training=False)
-    original = Progress.say
+    assert suite.launch("seed=0", deeds={"": "fail"}) == 1
+    run = suite.run("rwkv4_pico/seed=0")
+    held = run.lock()
+    held.__enter__()
+    original = Report.say
 
-    def fail_there(progress: Progress, line: str) -> None:
-        original(progress, line)
+    def fail_there(report: Report, line: str) -> None:
+        original(report, line)
         if line.startswith("waiting for"):
-            (held.folder / "error.txt").write_text("failed there\n")
-            held.release()
+            run.error_file.write_text("failed there\n")
+            held.__exit__(None, None, None)
 
-    monkeypatch.setattr(Progress, "say", fail_there)
-    assert suite.launch("model=rwkv4_pico", "seed=0") == 1
-    here = f"{platform.node()}, process {os.getpid()}, since "
-    assert f"waiting for 1 in training elsewhere: s/rwkv4_pico/seed=0 ({here}" in suite.out
+    monkeypatch.setattr(Report, "say", fail_there)
+    assert suite.launch("seed=0") == 1
+    here = f"{platform.node()}, process {os.getpid()}"
+    assert f"waiting for 1 in training elsewhere: s/rwkv4_pico/seed=0 ({here})" in suite.out
     assert "failed there" in suite.err
     assert len(suite.events("start")) == 1
-    assert suite.launch("model=rwkv4_pico", "seed=0") == 0  # another launch tries it again
+    assert suite.launch("seed=0") == 0  # another launch tries it again
+
+
+def test_composing_many_trials_gives_what_hydra_gives(suite: Suite) -> None:
+    assert (
+        suite.launch("model=rwkv4,gpt", "seed=range(250)", "optim.peak_lr=1e-3", "dry_run=true")
+        == 0
+    )
+    assert suite.out.count("would train") == 500
+    for model in ("rwkv4", "gpt"):
+        given = suite.arguments(f"model={model}", "seed=19", "optim.peak_lr=1e-3")
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            _, frozen = RunDir.locate(compose("train", overrides=given), given)
+        run = suite.run(f"{model}_pico/seed=19,optim.peak_lr=0.001")
+        assert plain(run.config) == frozen
 
 
 def test_a_dry_run_trains_nothing(suite: Suite) -> None:
@@ -370,10 +328,10 @@ def test_each_job_gets_its_own_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(jobs: int | str, gpus: str, **trainer: object) -> list[dict[str, str]]:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
         given = {"accelerator": "auto", "devices": 1} | trainer
-        return places(jobs, OmegaConf.create(given))
+        return device_slots(jobs, OmegaConf.create(given))
 
     def gpus(*args: object, **kwargs: object) -> list[str]:
-        return [place["CUDA_VISIBLE_DEVICES"] for place in chosen(*args, **kwargs)]  # type: ignore[arg-type]
+        return [slot["CUDA_VISIBLE_DEVICES"] for slot in chosen(*args, **kwargs)]  # type: ignore[arg-type]
 
     assert gpus("auto", "0,1,2,3") == ["0", "1", "2", "3"]
     assert gpus("auto", "0,1,2,3", devices=2) == ["0,1", "2,3"]
@@ -381,9 +339,9 @@ def test_each_job_gets_its_own_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpus(2, "0,1", devices="auto") == ["0,1", "0,1"]
     assert chosen(1, "0,1") == [{}]
     monkeypatch.setattr("experiments.sweeps.slots.n_cores", lambda: 8)
-    for threads, place in (("1", chosen("auto", "")), ("4", chosen(2, "0", accelerator="cpu"))):
-        assert {p["OMP_NUM_THREADS"] for p in place} == {threads}
-        assert len(place) == 8 // int(threads)
+    for threads, slots in (("1", chosen("auto", "")), ("4", chosen(2, "0", accelerator="cpu"))):
+        assert {slot["OMP_NUM_THREADS"] for slot in slots} == {threads}
+        assert len(slots) == 8 // int(threads)
     listing = (
         "GPU 0: NVIDIA H100 (UUID: GPU-a)\n  MIG 1g.10gb Device 0: (UUID: MIG-b)\n"
         "  MIG 1g.10gb Device 1: (UUID: MIG-c)\nGPU 1: NVIDIA H100 (UUID: GPU-d)\n"

@@ -1,4 +1,4 @@
-"""The cells of a sweep as jobs of a cluster: SLURM or local processes through submitit, or Ray.
+"""The trials of a sweep as jobs of a cluster: SLURM or local processes through submitit, or Ray.
 
 A job is told one thing, the run directory that it trains. Everything else is in the frozen config,
 so jobs need nothing of the process that submitted them, which may end at any time. The keys of
@@ -15,15 +15,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.config.identity import plain
 from experiments.runs.run_dir import RunDir
-from experiments.sweeps.trial import COMMAND, Outcome, train_cell
+from experiments.runs.state import RESUMES, State, state_of
+from experiments.sweeps.launches import queued_by
+from experiments.sweeps.trial import COMMAND, By, Outcome, train_when_free
 from experiments.system.files import write_json
-from experiments.system.locks import DEAD_S, holder
+from experiments.system.signals import REQUEUE
 
 SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
 POLL_S = 2.0  # between two looks at results
@@ -31,12 +34,12 @@ SQUEUE_S = 15.0  # between two questions to SLURM, which has other users
 GONE_S = 5.0  # a job missing for as long has ended, and what it wrote can be seen here
 
 
-def launch(cells: Sequence[RunDir], config: DictConfig) -> list[Outcome]:
-    """Train frozen cells by the engine that ``hydra/launcher`` names, and wait for all of them.
+def launch(runs: Sequence[RunDir], config: DictConfig) -> list[Outcome]:
+    """Train frozen runs by the engine that ``hydra/launcher`` names, and wait for all of them.
 
     Raises:
         ValueError: for another launcher, or if the engine refuses its settings.
-        KeyboardInterrupt: on Ctrl-C; jobs of SLURM go on by themselves.
+        KeyboardInterrupt: on Ctrl-C; jobs of SLURM continue by themselves.
     """
     launcher = plain(config.hydra.launcher)
     target = launcher.pop("_target_")
@@ -48,19 +51,27 @@ def launch(cells: Sequence[RunDir], config: DictConfig) -> list[Outcome]:
         )
     if config.dry_run:
         if engine is on_slurm:
-            print(script(len(cells), launcher))
-        for run in cells:
+            print(script(len(runs), launcher))
+        for run in runs:
             print(f"would submit {run.path}")
-        return [Outcome(str(run.path), "waiting") for run in cells]
+        return [Outcome(str(run.path), State.WAITING) for run in runs]
     # what a process outside of the queue trains is left to it
-    held = [run for run in cells if queued_job(run) is None and holder(run.path)]
-    free = [run for run in cells if run not in held]
+    held = [run for run in runs if queued_job(run) is None and run.holder()]
+    free = [run for run in runs if run not in held]
     outcomes = engine(free, launcher, config.fail_fast) if free else []
-    return outcomes + [Outcome(str(run.path), "elsewhere") for run in held]
+    return outcomes + [Outcome(str(run.path), State.RUNNING, by=By.OTHERS) for run in held]
+
+
+def queued_elsewhere(path: Path) -> str:
+    """Who else has a run in a queue, in words; empty if nobody."""
+    job = queued_job(RunDir(path))
+    if job and job in in_queue([job]):
+        return f"in SLURM's queue as job {job}"
+    return queued_by(path)
 
 
 class Job:
-    """What a job of submitit runs: one cell to its end, from where it was."""
+    """What a job of submitit runs: one trial to its end, from where it was."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -68,17 +79,17 @@ class Job:
     def __call__(self) -> None:
         if int(os.environ.get("SLURM_PROCID", "0")) > 0:  # another rank of the same run
             os.execv(COMMAND[0], [*COMMAND, self.path])
-        outcome = train_when_free(RunDir(self.path))
-        print(f"{self.path}: {outcome.status} {outcome.detail}", flush=True)
-        if (
-            outcome.status == "requeue"
-        ):  # submitit requeues in its handler: only now, when all is saved
+        run = RunDir(self.path)
+        outcome = train_when_free(run)
+        print(f"{self.path}: {outcome.state} {outcome.detail}", flush=True)
+        if outcome.exit_code == REQUEUE:
+            # submitit requeues in its handler of the signal: only now, when all is saved
             import submitit
 
             number = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
             signal.getsignal(number)(number, None)  # type: ignore[operator, misc]
-        if outcome.status != "elsewhere":  # else it may be another job's
-            (RunDir(self.path).path / "queued.json").unlink(missing_ok=True)
+        if outcome.state is not State.RUNNING:  # else it may be another job's
+            run.queued_file.unlink(missing_ok=True)
         if outcome.exit_code:
             sys.exit(outcome.exit_code)
 
@@ -87,16 +98,6 @@ class Job:
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
-
-
-def train_when_free(run: RunDir) -> Outcome:
-    """`train_cell`, as soon as an earlier job of the same cell that has died lets go of the run."""
-    start = time.monotonic()
-    while True:
-        outcome = train_cell(run)
-        if outcome.status != "elsewhere" or time.monotonic() - start > DEAD_S + 20:
-            return outcome
-        time.sleep(POLL_S)
 
 
 def executor(cluster: str, launcher: dict[str, Any]) -> Any:
@@ -122,8 +123,8 @@ def executor(cluster: str, launcher: dict[str, Any]) -> Any:
     return made
 
 
-def script(n_cells: int, launcher: dict[str, Any]) -> str:
-    """The script that sbatch would get for so many cells, made without asking SLURM."""
+def script(n_trials: int, launcher: dict[str, Any]) -> str:
+    """The script that sbatch would get for so many trials, made without asking SLURM."""
     import submitit
 
     class Printer(submitit.SlurmExecutor):
@@ -136,24 +137,24 @@ def script(n_cells: int, launcher: dict[str, Any]) -> str:
     for key in ("submitit_folder", "max_num_timeout"):
         settings.pop(key, None)
     made.update_parameters(**made._convert_parameters(settings))
-    if n_cells > 1:
-        made.parameters["map_count"] = n_cells
+    if n_trials > 1:
+        made.parameters["map_count"] = n_trials
     return made._make_submission_file_text(made._submitit_command_str, "dry_run")
 
 
-def on_slurm(cells: Sequence[RunDir], launcher: dict[str, Any], fail_fast: bool) -> list[Outcome]:
-    """Submit the cells that are not in the queue yet as one array, and wait for all."""
-    jobs = {str(run.path): queued_job(run) for run in cells}
+def on_slurm(runs: Sequence[RunDir], launcher: dict[str, Any], fail_fast: bool) -> list[Outcome]:
+    """Submit the runs that are not in the queue yet as one array, and wait for all."""
+    jobs = {str(run.path): queued_job(run) for run in runs}
     alive = in_queue([job for job in jobs.values() if job])
-    new = [run for run in cells if not jobs[str(run.path)] or jobs[str(run.path)] not in alive]
-    if len(new) < len(cells):
-        print(f"sweep: {len(cells) - len(new)} cells are in SLURM's queue already", flush=True)
+    new = [run for run in runs if not jobs[str(run.path)] or jobs[str(run.path)] not in alive]
+    if len(new) < len(runs):
+        print(f"sweep: {len(runs) - len(new)} trials are in SLURM's queue already", flush=True)
     if new:
         for run, job in zip(new, submit("slurm", new, launcher), strict=True):
             jobs[str(run.path)] = job.job_id
-            (run.path / "error.txt").unlink(missing_ok=True)  # of the attempt before
+            run.error_file.unlink(missing_ok=True)  # of the attempt before
             write_json(
-                run.path / "queued.json",
+                run.queued_file,
                 {
                     "engine": "slurm",
                     "job": job.job_id,
@@ -163,10 +164,10 @@ def on_slurm(cells: Sequence[RunDir], launcher: dict[str, Any], fail_fast: bool)
                 },
             )
     try:
-        return wait(cells, jobs, in_queue, cancel if fail_fast else None)
+        return wait(runs, jobs, in_queue, cancel if fail_fast else None)
     except KeyboardInterrupt:
         print(
-            "sweep: the jobs go on without this process; the same command looks after them "
+            "sweep: the jobs continue without this process; the same command looks after them "
             "again, and scancel ends them",
             file=sys.stderr,
         )
@@ -174,10 +175,10 @@ def on_slurm(cells: Sequence[RunDir], launcher: dict[str, Any], fail_fast: bool)
 
 
 def on_this_machine(
-    cells: Sequence[RunDir], launcher: dict[str, Any], fail_fast: bool
+    runs: Sequence[RunDir], launcher: dict[str, Any], fail_fast: bool
 ) -> list[Outcome]:
-    """All cells at once, as submitit's local processes."""
-    jobs = {job.job_id: job for job in submit("local", cells, launcher)}
+    """All runs at once, as submitit's local processes."""
+    jobs = {job.job_id: job for job in submit("local", runs, launcher)}
 
     def alive(some: Collection[str]) -> set[str]:
         return {job for job in some if not jobs[job].done()}
@@ -186,15 +187,15 @@ def on_this_machine(
         for job in some:
             jobs[job].cancel()
 
-    ids: dict[str, str | None] = dict(zip([str(run.path) for run in cells], jobs, strict=True))
-    return wait(cells, ids, alive, stop if fail_fast else None)
+    ids: dict[str, str | None] = dict(zip([str(run.path) for run in runs], jobs, strict=True))
+    return wait(runs, ids, alive, stop if fail_fast else None)
 
 
-def on_ray(cells: Sequence[RunDir], launcher: dict[str, Any], fail_fast: bool) -> list[Outcome]:
+def on_ray(runs: Sequence[RunDir], launcher: dict[str, Any], fail_fast: bool) -> list[Outcome]:
     """`experiments.sweeps.ray_engine`."""
     from experiments.sweeps.ray_engine import launch
 
-    return launch(cells, **launcher["ray"], fail_fast=fail_fast)
+    return launch(runs, **launcher["ray"], fail_fast=fail_fast)
 
 
 ENGINES: dict[str, Callable[[Sequence[RunDir], dict[str, Any], bool], list[Outcome]]] = {
@@ -204,7 +205,7 @@ ENGINES: dict[str, Callable[[Sequence[RunDir], dict[str, Any], bool], list[Outco
 }
 
 
-def submit(cluster: str, cells: Sequence[RunDir], launcher: dict[str, Any]) -> list[Any]:
+def submit(cluster: str, runs: Sequence[RunDir], launcher: dict[str, Any]) -> list[Any]:
     """One job a cell; on SLURM an array.
 
     Raises:
@@ -215,11 +216,11 @@ def submit(cluster: str, cells: Sequence[RunDir], launcher: dict[str, Any]) -> l
     queue = executor(cluster, launcher)
     try:
         with queue.batch():
-            jobs = [queue.submit(Job(str(run.path))) for run in cells]
+            jobs = [queue.submit(Job(str(run.path))) for run in runs]
     except submitit.core.utils.FailedJobError as error:
         raise ValueError(f"sbatch: {' '.join(str(error).split())}") from None
     first = jobs[0].job_id.partition("_")[0]
-    print(f"sweep: {len(jobs)} cells submitted, job {first}; logs: {jobs[0].paths.folder.parent}")
+    print(f"sweep: {len(jobs)} trials submitted, job {first}; logs: {jobs[0].paths.folder.parent}")
     sys.stdout.flush()
     return jobs
 
@@ -227,9 +228,9 @@ def submit(cluster: str, cells: Sequence[RunDir], launcher: dict[str, Any]) -> l
 def queued_job(run: RunDir) -> str | None:
     """The SLURM job that a run was last submitted as, or None."""
     try:
-        return str(json.loads((run.path / "queued.json").read_text(encoding="utf-8"))["job"])
+        return str(json.loads(run.queued_file.read_text(encoding="utf-8"))["job"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None  # damaged: it is submitted again, and of two jobs the claim stops one
+        return None  # damaged: it is submitted again, and of two jobs the lock stops one
 
 
 def in_queue(jobs: Collection[str]) -> set[str]:
@@ -257,52 +258,51 @@ def cancel(jobs: Collection[str]) -> None:
 
 
 def wait(
-    cells: Sequence[RunDir],
+    runs: Sequence[RunDir],
     jobs: dict[str, str | None],
     alive: Callable[[Collection[str]], set[str]],
     cancel_others: Callable[[Collection[str]], None] | None = None,
 ) -> list[Outcome]:
-    """Look after jobs until each of their cells has an outcome; in the order of the cells.
+    """Look after jobs until each of their runs has an outcome; in the order of the runs.
 
     Args:
         jobs: the job of each run, by its path.
         alive: which of some jobs have not ended.
-        cancel_others: what is done with the jobs that are left when a cell fails.
+        cancel_others: what is done with the jobs that are left when a trial fails.
     """
     outcomes: dict[str, Outcome] = {}
-    gone: dict[str, float] = {}
+    missing_since: dict[str, float] = {}
     asked = float("-inf")
     while True:
-        left = [run for run in cells if str(run.path) not in outcomes]
-        if time.monotonic() - asked >= (GONE_S if gone else SQUEUE_S):
+        left = [run for run in runs if str(run.path) not in outcomes]
+        if time.monotonic() - asked >= (GONE_S if missing_since else SQUEUE_S):
             living = alive([job for run in left if (job := jobs[str(run.path)])])
             asked = time.monotonic()
-            now_gone = [str(run.path) for run in left if jobs[str(run.path)] not in living]
-            gone = {path: gone.get(path, asked) for path in now_gone}
+            missing = [str(run.path) for run in left if jobs[str(run.path)] not in living]
+            missing_since = {path: missing_since.get(path, asked) for path in missing}
         for run in left:
             path = str(run.path)
-            if run.finished or asked - gone.get(path, asked) >= GONE_S:
-                outcomes[path] = outcome = judge(run, jobs[path])
-                print(f"{run.name}: {outcome.status} {outcome.detail}".rstrip(), flush=True)
-                if outcome.status == "failed" and cancel_others and len(outcomes) < len(cells):
-                    cancel_others([job for p, job in jobs.items() if p not in outcomes and job])
-                    cancel_others = None
-        if len(outcomes) == len(cells):
-            return [outcomes[str(run.path)] for run in cells]
+            if not run.finished and asked - missing_since.get(path, asked) < GONE_S:
+                continue
+            outcomes[path] = outcome = outcome_of(run, jobs[path])
+            print(f"{run.name}: {outcome.state} {outcome.detail}".rstrip(), flush=True)
+            if outcome.state is State.FAILED and cancel_others and len(outcomes) < len(runs):
+                cancel_others([job for p, job in jobs.items() if p not in outcomes and job])
+                cancel_others = None
+        if len(outcomes) == len(runs):
+            return [outcomes[str(run.path)] for run in runs]
         time.sleep(POLL_S)
 
 
-def judge(run: RunDir, job: str | None) -> Outcome:
-    """What a cell whose job has ended came to, by what is in its directory."""
+def outcome_of(run: RunDir, job: str | None) -> Outcome:
+    """What a trial whose job has ended came to, by what is in its directory."""
     path = str(run.path)
-    if run.finished:
-        (run.path / "queued.json").unlink(missing_ok=True)
-        return Outcome(path, "done", run.summary())
-    who = holder(run.path)
-    if who is not None:
-        return Outcome(path, "elsewhere", f"another process is training {run.path} ({who})")
-    error_file = run.path / "error.txt"
-    if error_file.is_file():
-        reason = error_file.read_text(encoding="utf-8").partition("\n")[0]
-        return Outcome(path, "failed", reason, 1)
-    return Outcome(path, "interrupted", f"job {job} ended before it; the same command goes on", 1)
+    state, detail = state_of(run)
+    if state is State.DONE:
+        run.queued_file.unlink(missing_ok=True)
+        return Outcome(path, state, detail)
+    if state is State.RUNNING:
+        return Outcome(path, state, f"another process is at {path} ({detail})", by=By.OTHERS)
+    if state is State.FAILED:
+        return Outcome(path, state, detail, 1)
+    return Outcome(path, State.INTERRUPTED, f"job {job} ended before it; {RESUMES}", 1)
