@@ -75,10 +75,11 @@ def holding(file: Path, wait: bool = False) -> Iterator[None]:
             ours.acquire(timeout=0.2, poll_interval=0.02)
             break
         except Timeout:
-            who = holder(file)
-            away = wait and who is not None and who.host != platform.node()
-            if not away or touched(file) != first or time.monotonic() - start > 2 * LEASE_S:
-                by = f" ({who})" if who else ""
+            owner = named(ours)
+            away = owner is not None and owner.host != platform.node()
+            watched_s = time.monotonic() - start
+            if not (wait and away) or touched(file) != first or watched_s > 2 * LEASE_S:
+                by = f" ({owner})" if owner else ""
                 raise RunLocked(f"another process is at {file.parent}{by}") from None
             time.sleep(1)
     try:
@@ -97,15 +98,20 @@ def touched(file: Path) -> int | None:
 
 def holder(file: Path) -> Holder | None:
     """Who holds a lease, as far as one look can tell; nothing is disturbed."""
-    owner, renewed = lease(file).owner, touched(file)
+    owner, renewed = named(lease(file)), touched(file)
     if owner is None or renewed is None:
         return None
-    host = owner.hostname.partition("?")[0]  # filelock adds a container's namespace
-    if host == platform.node():
+    if owner.host == platform.node():
         alive = psutil.pid_exists(owner.pid)
     else:
         alive = abs(server_time(file.parent) - renewed / 1e9) < LEASE_S
-    return Holder(host, owner.pid) if alive else None
+    return owner if alive else None
+
+
+def named(some: SoftFileLease) -> Holder | None:
+    """Whom a lease's file names, dead or alive; None if there is none."""
+    owner = some.owner  # filelock adds the namespace of a container to the name of its host
+    return None if owner is None else Holder(owner.hostname.partition("?")[0], owner.pid)
 
 
 def server_time(folder: Path) -> float:

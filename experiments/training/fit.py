@@ -222,7 +222,10 @@ def attempt(run: RunDir) -> None:
     """
     try:
         with run.lock(wait=True) if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
-            attempt_locked(run)
+            if run.finished:  # by another process, after who started this one looked
+                print(f"{run.name}: finished already", flush=True)
+            else:
+                attempt_locked(run)
     except RunLocked as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(BUSY) from None

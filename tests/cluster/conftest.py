@@ -16,15 +16,14 @@ from experiments.runs.trained_model import read_checkpoint
 from ..small_runs import rows
 
 ROOT = Path(__file__).resolve().parents[2]
-CELLS = ("rwkv4_pico", "gpt_pico")
 
 
 class Sweep:
-    """Four cells, two of each family, with runs and data below one folder.
+    """Four trials, two of each family, with runs and data below one folder.
 
     Args:
         folder: where everything goes.
-        n_tokens: budget of each cell.
+        n_tokens: budget of each trial.
     """
 
     def __init__(self, folder: Path, n_tokens: int) -> None:
@@ -34,7 +33,7 @@ class Sweep:
         self.shared = [
             "data=text",
             "trainer=cpu",
-            "n_threads=1",
+            "execution.n_threads=1",
             f"data.source.paths={text}",
             "data.val_tokens=500",
             f"paths.runs={folder / 'runs'}",
@@ -42,14 +41,14 @@ class Sweep:
             "ctx_len=64",
             "batch_size=4",
             f"budget_tokens={n_tokens}",
-            "log_every=20",
+            "execution.log_every=20",
             "n_validations=4",
-            "checkpoint_every_min=0.1",
+            "execution.checkpoint_every_min=0.1",
         ]
 
     def start(self, suite: str, *given: str) -> subprocess.Popen[str]:
         """The command, started; what it prints is in `<suite>.log`."""
-        words = [f"suite={suite}", f"model={','.join(CELLS)}", "seed=0,1", *given, *self.shared]
+        words = [f"suite={suite}", "model=rwkv4,gpt", "size=pico", "seed=0,1", *given, *self.shared]
         with open(self.folder / f"{suite}.log", "a") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "experiments.train", "-m", *words],
@@ -67,7 +66,7 @@ class Sweep:
     def printed(self, suite: str) -> str:
         return (self.folder / f"{suite}.log").read_text()
 
-    def cells(self, suite: str) -> list[RunDir]:
+    def trials(self, suite: str) -> list[RunDir]:
         """The run directories of a suite, in a fixed order."""
         return [RunDir(p.parent) for p in sorted(self.folder.glob(f"runs/{suite}/*/*/config.yaml"))]
 

@@ -13,7 +13,7 @@ def test_a_worker_that_dies_costs_nothing(sweep: Sweep) -> None:
     start = time.monotonic()
     launcher = sweep.start("ray", "hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2")
     try:
-        wait_for(lambda: any((r.path / "metrics.csv").exists() for r in sweep.cells("ray")))
+        wait_for(lambda: any((r.path / "metrics.csv").exists() for r in sweep.trials("ray")))
         workers = [
             process
             for process in psutil.Process(launcher.pid).children(recursive=True)
@@ -27,4 +27,4 @@ def test_a_worker_that_dies_costs_nothing(sweep: Sweep) -> None:
     print(f"\nRay, a worker killed: {time.monotonic() - start:.0f} s")
     assert code == 0, sweep.printed("ray")
     assert "4 trained" in sweep.printed("ray")
-    assert_same(sweep.cells("ray"), sweep.cells("quiet"))
+    assert_same(sweep.trials("ray"), sweep.trials("quiet"))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.sweeps.cluster import in_queue, queued_job
+from experiments.sweeps.slurm import in_queue, queued_job
 
 from .conftest import ROOT, Sweep, assert_same, wait_for
 
@@ -55,7 +55,7 @@ def test_a_time_limit_requeues_cells_until_they_are_done(sweep: Sweep, limit_min
     assert code == 0, sweep.printed("limited")
     assert n > 0
     assert "4 trained" in sweep.printed("limited")
-    assert_same(sweep.cells("limited"), sweep.cells("quiet"))
+    assert_same(sweep.trials("limited"), sweep.trials("quiet"))
 
 
 def test_killed_launcher_preempted_and_cancelled_jobs(sweep: Sweep) -> None:
@@ -64,7 +64,7 @@ def test_killed_launcher_preempted_and_cancelled_jobs(sweep: Sweep) -> None:
 
     def training() -> list[str]:
         return [
-            str(queued_job(r)) for r in sweep.cells("hurt") if (r.path / "metrics.csv").exists()
+            str(queued_job(r)) for r in sweep.trials("hurt") if (r.path / "metrics.csv").exists()
         ]
 
     try:
@@ -76,7 +76,7 @@ def test_killed_launcher_preempted_and_cancelled_jobs(sweep: Sweep) -> None:
     subprocess.run(["scontrol", "requeue", preempted], check=True)
     again = sweep.start("hurt", "hydra/launcher=slurm")
     try:
-        wait_for(lambda: "4 cells are in SLURM's queue already" in sweep.printed("hurt"))
+        wait_for(lambda: "4 trials are in SLURM's queue already" in sweep.printed("hurt"))
         subprocess.run(["scancel", cancelled], check=True)
         code = again.wait(timeout=3600)
     finally:
@@ -87,12 +87,12 @@ def test_killed_launcher_preempted_and_cancelled_jobs(sweep: Sweep) -> None:
     assert in_queue([cancelled]) == set()
     assert sweep.run("hurt", "hydra/launcher=slurm") == 0, sweep.printed("hurt")
     assert "1 trained, 3 finished before" in sweep.printed("hurt")
-    assert_same(sweep.cells("hurt"), sweep.cells("quiet"))
+    assert_same(sweep.trials("hurt"), sweep.trials("quiet"))
     print(f"\nkilled launcher, requeue, scancel: {time.monotonic() - start:.0f} s")
 
 
 def test_sbatch_alone_with_two_processes_of_srun(sweep: Sweep, limit_min: int) -> None:
-    train = [sys.executable, "-m", "experiments.train", "model=rwkv4_pico", "micro_batch_size=2"]
+    train = [sys.executable, "-m", "experiments.train", "size=pico", "execution.micro_batch_size=2"]
     small = "budget_tokens=1e6"  # two processes are slower than one here
     subprocess.run(
         [*train, "suite=alone", *sweep.shared, small], check=True, cwd=ROOT, timeout=3600
@@ -107,7 +107,7 @@ def test_sbatch_alone_with_two_processes_of_srun(sweep: Sweep, limit_min: int) -
         small,
     ]
     subprocess.run([*train, *given], check=True, cwd=ROOT, timeout=120)
-    (run,) = sweep.cells("plain")
+    (run,) = sweep.trials("plain")
     start = time.monotonic()
     options = [f"--time={limit_min}", "--signal=USR1@15", "--ntasks=2", "--ntasks-per-node=2"]
     options += [f"--output={sweep.folder}/plain.log"]
@@ -126,4 +126,4 @@ def test_sbatch_alone_with_two_processes_of_srun(sweep: Sweep, limit_min: int) -
     print(f"\nsbatch, two ranks: {time.monotonic() - start:.0f} s, {restarts} requeues")
     assert run.finished, sweep.printed("plain")
     assert int(restarts) > 0
-    assert_same([run], sweep.cells("alone"))
+    assert_same([run], sweep.trials("alone"))

@@ -1,9 +1,8 @@
-"""Cells as jobs: what SLURM is told and asked, what a job does, what an ended one came to.
+"""Trials as jobs: what SLURM is told and asked, what a job does, what an ended one came to.
 
 The programs of SLURM are stand-ins here; ``make slurm`` runs the real ones.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -20,16 +19,17 @@ from omegaconf import DictConfig
 
 from experiments.config.entry import CONF_DIR, one_line
 from experiments.runs.run_dir import RunDir
-from experiments.sweeps import cluster
+from experiments.runs.state import State
+from experiments.sweeps import slurm, trial
 from experiments.sweeps.trial import COMMAND, Outcome
 from experiments.system.files import write_json
-from experiments.system.locks import Claim
+from experiments.system.locks import lease
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def cells(tmp_path: Path) -> list[RunDir]:
+def trials(tmp_path: Path) -> list[RunDir]:
     runs = []
     for name in ("a", "b", "c"):
         folder = tmp_path / "runs" / "s" / name / "seed=0"
@@ -42,7 +42,7 @@ def cells(tmp_path: Path) -> list[RunDir]:
 @pytest.fixture
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("POLL_S", "SQUEUE_S", "GONE_S"):
-        monkeypatch.setattr(cluster, name, 0.02)
+        monkeypatch.setattr(slurm, name, 0.02)
 
 
 @pytest.fixture
@@ -74,13 +74,13 @@ def finish(run: RunDir) -> None:
 
 
 def test_a_dry_run_prints_the_script_and_needs_no_slurm(
-    tmp_path: Path, cells: list[RunDir], capsys: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, trials: list[RunDir], capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
     settings = ["gpus_per_node=2", "tasks_per_node=2", "timeout_min=90", "partition=long"]
     given = ["dry_run=true", "hydra/launcher=slurm", *(f"hydra.launcher.{s}" for s in settings)]
-    outcomes = cluster.launch(cells, config(tmp_path, *given))
-    assert [outcome.status for outcome in outcomes] == ["waiting"] * 3
+    outcomes = slurm.launch(trials, config(tmp_path, *given))
+    assert [outcome.state for outcome in outcomes] == [State.WAITING] * 3
     printed = capsys.readouterr().out
     for line in (
         "array=0-2%3",
@@ -93,30 +93,30 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(
         "job-name=s",
     ):
         assert f"#SBATCH --{line}\n" in printed
-    assert all(f"would submit {run.path}\n" in printed for run in cells)
-    assert not any((run.path / "queued.json").exists() for run in cells)
+    assert all(f"would submit {run.path}\n" in printed for run in trials)
+    assert not any((run.path / "queued.json").exists() for run in trials)
 
 
 def test_other_launchers_and_settings_are_refused_in_a_line(
-    tmp_path: Path, cells: list[RunDir], program: Callable[[str, str], None]
+    tmp_path: Path, trials: list[RunDir], program: Callable[[str, str], None]
 ) -> None:
     other = config(tmp_path)
     other.hydra.launcher = {"_target_": "hydra_plugins.joblib.JoblibLauncher"}
     with pytest.raises(ValueError, match="JoblibLauncher is not supported: use slurm, ray"):
-        cluster.launch(cells, other)
+        slurm.launch(trials, other)
     program("squeue", "exit 0")
     program("srun", "exit 0")
     program("sbatch", "echo 'sbatch: error: invalid partition specified: x' >&2; exit 1")
     with pytest.raises(ValueError, match=r"sbatch: .*invalid partition specified: x"):
-        cluster.launch(cells, config(tmp_path, "hydra/launcher=slurm"))
+        slurm.launch(trials, config(tmp_path, "hydra/launcher=slurm"))
 
 
 def test_without_slurm_the_error_says_so(
-    tmp_path: Path, cells: list[RunDir], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, trials: list[RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="srun"):
-        cluster.launch(cells, config(tmp_path, "hydra/launcher=slurm"))
+        slurm.launch(trials, config(tmp_path, "hydra/launcher=slurm"))
 
 
 def test_a_launcher_whose_package_is_missing_is_a_line() -> None:
@@ -126,11 +126,11 @@ def test_a_launcher_whose_package_is_missing_is_a_line() -> None:
 
 
 @pytest.mark.usefixtures("_quick")
-def test_cells_are_submitted_once_and_looked_after_by_every_launch(
-    tmp_path: Path, cells: list[RunDir], program: Callable[[str, str], None]
+def test_trials_are_submitted_once_and_looked_after_by_every_launch(
+    tmp_path: Path, trials: list[RunDir], program: Callable[[str, str], None]
 ) -> None:
-    (cells[0].path / "error.txt").write_text("of the attempt before\n")
-    (cells[2].path / "queued.json").write_text('{"job": ')  # damaged
+    (trials[0].path / "error.txt").write_text("of the attempt before\n")
+    (trials[2].path / "queued.json").write_text('{"job": ')  # damaged
     queue = tmp_path / "queue.txt"
     program("squeue", f"cat {queue}")
     program("srun", "exit 0")
@@ -143,43 +143,43 @@ def test_cells_are_submitted_once_and_looked_after_by_every_launch(
         raise Killed
 
     queue.write_text("")
-    slurm = config(tmp_path, "hydra/launcher=slurm")
+    given = config(tmp_path, "hydra/launcher=slurm")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "sleep", die)
         with pytest.raises(Killed):
-            cluster.launch(cells, slurm)
-    assert [cluster.queued_job(run) for run in cells] == ["7_0", "7_1", "7_2"]
-    assert not (cells[0].path / "error.txt").exists()
-    for run in cells:
+            slurm.launch(trials, given)
+    assert [slurm.queued_job(run) for run in trials] == ["7_0", "7_1", "7_2"]
+    assert not (trials[0].path / "error.txt").exists()
+    for run in trials:
         finish(run)
-    outcomes = cluster.launch(cells, slurm)
-    assert [outcome.status for outcome in outcomes] == ["done"] * 3
+    outcomes = slurm.launch(trials, given)
+    assert [outcome.state for outcome in outcomes] == [State.DONE] * 3
     calls = (tmp_path / "calls.txt").read_text()
     assert calls.count("sbatch ") == 1
-    assert not any((run.path / "queued.json").exists() for run in cells)
+    assert not any((run.path / "queued.json").exists() for run in trials)
 
 
-def test_a_cell_in_training_outside_the_queue_is_left_to_it(
-    tmp_path: Path, cells: list[RunDir]
+def test_a_trial_in_training_outside_the_queue_is_left_to_it(
+    tmp_path: Path, trials: list[RunDir]
 ) -> None:
-    with Claim.take(cells[0].path, training=False):
-        (outcome,) = cluster.launch(cells[:1], config(tmp_path, "hydra/launcher=slurm"))
-    assert outcome.status == "elsewhere"
+    with trials[0].lock():
+        (outcome,) = slurm.launch(trials[:1], config(tmp_path, "hydra/launcher=slurm"))
+    assert outcome.state is State.RUNNING
 
 
 def test_what_the_queue_says(program: Callable[[str, str], None]) -> None:
     jobs = {"7_0", "7_1", "9"}
     program("squeue", "printf '7_1\\n7_4\\n9\\n'")
-    assert cluster.in_queue(jobs) == {"7_1", "9"}
+    assert slurm.in_queue(jobs) == {"7_1", "9"}
     program("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
-    assert cluster.in_queue(jobs) == set()
+    assert slurm.in_queue(jobs) == set()
     program("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm' >&2; exit 1")
-    assert cluster.in_queue(jobs) == jobs
+    assert slurm.in_queue(jobs) == jobs
 
 
 @pytest.mark.usefixtures("_quick")
-def test_ended_jobs_are_judged_by_what_they_left(cells: list[RunDir]) -> None:
-    done, bad, lost = cells
+def test_ended_jobs_are_judged_by_what_they_left(trials: list[RunDir]) -> None:
+    done, bad, lost = trials
     finish(done)
     (bad.path / "error.txt").write_text("out of memory: halve it\n\nTraceback\n")
     cancelled: list[str] = []
@@ -187,13 +187,13 @@ def test_ended_jobs_are_judged_by_what_they_left(cells: list[RunDir]) -> None:
     def alive(jobs: Collection[str]) -> set[str]:
         return {"3"} & set(jobs) - set(cancelled)
 
-    ids: dict[str, str | None] = dict(zip((str(run.path) for run in cells), "123", strict=True))
-    outcomes = cluster.wait(cells, ids, alive, cancelled.extend)
-    assert [outcome.status for outcome in outcomes] == ["done", "failed", "interrupted"]
+    ids: dict[str, str | None] = dict(zip((str(run.path) for run in trials), "123", strict=True))
+    outcomes = slurm.wait(trials, ids, alive, cancelled.extend)
+    assert [outcome.state for outcome in outcomes] == ["done", "failed", "interrupted"]
     assert outcomes[1].detail == "out of memory: halve it"
     assert cancelled == ["3"]
-    with Claim.take(lost.path, training=False):
-        assert cluster.judge(lost, "3").status == "elsewhere"
+    with lost.lock():
+        assert slurm.outcome_of(lost, "3").state is State.RUNNING
 
 
 class Requeued(BaseException):
@@ -201,19 +201,18 @@ class Requeued(BaseException):
 
 
 def test_a_job_asks_for_its_requeue_when_the_run_has_saved(
-    cells: list[RunDir], monkeypatch: pytest.MonkeyPatch
+    trials: list[RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = str(cells[0].path)
+    path = str(trials[0].path)
     ends = [
-        Outcome(path, "elsewhere"),
-        Outcome(path, "requeue", exit_code=75),
-        Outcome(path, "interrupted", exit_code=143),
-        Outcome(path, "failed", exit_code=1),
-        Outcome(path, "done"),
+        Outcome(path, State.RUNNING),
+        Outcome(path, State.INTERRUPTED, exit_code=75),
+        Outcome(path, State.INTERRUPTED, exit_code=143),
+        Outcome(path, State.FAILED, exit_code=1),
+        Outcome(path, State.DONE),
     ]
-    monkeypatch.setattr(cluster, "train_cell", lambda run: ends.pop(0))
-    monkeypatch.setattr(cluster, "POLL_S", 0.0)
-    queued = cells[0].path / "queued.json"
+    monkeypatch.setattr(trial, "train_trial", lambda run, stops, **kwargs: ends.pop(0))
+    queued = trials[0].path / "queued.json"
     queued.write_text("{}")
 
     def submitits(number: int, frame: object) -> None:
@@ -222,36 +221,36 @@ def test_a_job_asks_for_its_requeue_when_the_run_has_saved(
     previous = signal.signal(signal.SIGUSR2, submitits)
     try:
         with pytest.raises(Requeued):  # after another job of it let go
-            cluster.Job(path)()
+            slurm.Job(path)()
     finally:
         signal.signal(signal.SIGUSR2, previous)
     assert queued.exists()
     for code in (143, 1):
         with pytest.raises(SystemExit) as end:
-            cluster.Job(path)()
+            slurm.Job(path)()
         assert end.value.code == code
     assert not queued.exists()
-    cluster.Job(path)()
-    assert cluster.Job(path).checkpoint().function.path == path
+    slurm.Job(path)()
+    assert slurm.Job(path).checkpoint().function.path == path
 
 
 def test_other_ranks_of_a_job_become_the_run(
-    cells: list[RunDir], monkeypatch: pytest.MonkeyPatch
+    trials: list[RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     became: list[list[str]] = []
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setattr(os, "execv", lambda program, words: became.append(words))
-    monkeypatch.setattr(cluster, "train_cell", lambda run: Outcome(str(run.path), "done"))
-    cluster.Job(str(cells[0].path))()
-    assert became == [[*COMMAND, str(cells[0].path)]]
+    monkeypatch.setattr(slurm, "train_when_free", lambda run: Outcome(str(run.path), State.DONE))
+    slurm.Job(str(trials[0].path))()
+    assert became == [[*COMMAND, str(trials[0].path)]]
 
 
 def test_ray_that_is_not_there_is_a_line(
-    tmp_path: Path, cells: list[RunDir], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, trials: list[RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install -e '.\[ray\]'"):
-        cluster.launch(cells, config(tmp_path, "hydra/launcher=ray"))
+        slurm.launch(trials, config(tmp_path, "hydra/launcher=ray"))
 
 
 @pytest.mark.slow
@@ -262,14 +261,14 @@ def test_a_sweep_through_submitit_survives_a_preemption(tmp_path: Path) -> None:
         "data=text",
         "debug=smoke",
         "trainer=cpu",
-        "n_threads=1",
+        "execution.n_threads=1",
         f"data.source.paths={text}",
         "data.val_tokens=500",
         f"paths.runs={tmp_path / 'runs'}",
         f"paths.data={tmp_path / 'data'}",
-        "model=rwkv4_pico,gpt_pico",
+        "model=rwkv4,gpt",
+        "size=pico",
         "budget_tokens=60000",
-        "log_every=1",
     ]
     command = [sys.executable, "-m", "experiments.train", "-m", "hydra/launcher=submitit_local"]
     sweep = subprocess.Popen([*command, *given], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -280,13 +279,15 @@ def test_a_sweep_through_submitit_survives_a_preemption(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             assert sweep.poll() is None
             time.sleep(0.05)
-        (claim,) = tmp_path.glob("runs/debug/rwkv4_pico/*/.claim.*")
-        os.kill(json.loads(claim.read_text())["pid"], signal.SIGUSR2)
+        (lock,) = tmp_path.glob("runs/debug/rwkv4_pico/*/.lock")
+        pid = lease(lock).pid
+        assert pid is not None
+        os.kill(pid, signal.SIGUSR2)
         printed, _ = sweep.communicate(timeout=200)
     finally:
         sweep.kill()
     assert sweep.returncode == 0, printed
     assert "2 trained" in printed
     logs = "".join(log.read_text() for log in submitted.glob("*/*_log.out"))
-    assert logs.count("requeue stopped") == 1
+    assert logs.count("interrupted stopped") == 1
     assert len(list(tmp_path.glob("runs/debug/*/*/result.json"))) == 2

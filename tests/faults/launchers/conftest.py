@@ -1,4 +1,4 @@
-"""Two launches of one sweep of twelve cells, which are killed, and so are their cells."""
+"""Two launches of one sweep of twelve trials, which are killed, and so are their trials."""
 
 import os
 import random
@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-CELLS = ("model=rwkv4_pico,gpt_pico", "seed=range(6)")
+TRIALS = ("model=rwkv4,gpt", "size=pico", "seed=range(6)")
 
 
 class Storm:
@@ -23,14 +23,20 @@ class Storm:
 
     Args:
         folder: where the suite and its log are.
-        fit: the script that trains a cell.
+        fit: the script that trains a trial.
         overrides: of conf/train.yaml.
     """
 
     def __init__(self, folder: Path, fit: Path, *overrides: str) -> None:
         self.suite, self.log = folder / "runs" / "s", folder / "log"
         self.log.touch()
-        self.given = [*CELLS, "suite=s", f"paths.runs={folder / 'runs'}", "trainer=cpu", *overrides]
+        self.given = [
+            *TRIALS,
+            "suite=s",
+            f"paths.runs={folder / 'runs'}",
+            "trainer=cpu",
+            *overrides,
+        ]
         command = [sys.executable, str(fit)]
         self.code = (
             "from experiments import train; from experiments.sweeps import trial; "
@@ -54,17 +60,17 @@ class Storm:
         lines = [line.split() for line in self.log.read_text().splitlines()]
         return [(run, int(pid)) for event, run, pid in lines if event == kind]
 
-    def cells(self, within_s: float) -> list[int]:
-        """Process ids of the cells in training, as soon as there are any."""
+    def training(self, within_s: float) -> list[int]:
+        """Process ids of the trials in training, as soon as there are any."""
         end = time.monotonic() + within_s
         while time.monotonic() < end:
-            if cells := [pid for _, pid in self.events("start") if alive(pid)]:
-                return cells
+            if trials := [pid for _, pid in self.events("start") if alive(pid)]:
+                return trials
             time.sleep(0.02)
         return []
 
     def blow(self, n_kills: int, pause_s: float) -> Counter[str]:
-        """Keep two launches running and kill a launcher or a cell now and then, until that was
+        """Keep two launches running and kill a launcher or a trial now and then, until that was
         done `n_kills` times; then let one launch end. Returns what was killed how often."""
         draw, counts = random.Random(n_kills), Counter[str]()
         launchers = [self.start(), self.start("jobs=2")]
@@ -76,10 +82,10 @@ class Storm:
                         launchers[i] = self.start("jobs=2") if i else self.start()
                 number = draw.choice(SIGNALS)
                 if draw.random() < 0.6:
-                    if cells := self.cells(within_s=20 * pause_s):
+                    if trials := self.training(within_s=20 * pause_s):
                         with suppress(ProcessLookupError):
-                            os.kill(draw.choice(cells), number)
-                        counts[f"cell {number.name}"] += 1
+                            os.kill(draw.choice(trials), number)
+                        counts[f"trial {number.name}"] += 1
                 elif (one := draw.choice(launchers)).poll() is None:
                     one.send_signal(number)
                     counts[f"launcher {number.name}"] += 1
@@ -95,7 +101,7 @@ class Storm:
         return counts
 
     def check(self) -> None:
-        """Every cell has a result, none was trained by two at once, or again when it was done."""
+        """Every trial has a result, none was trained by two at once, or again when it was done."""
         assert len(list(self.suite.glob("*/*/config.yaml"))) == 12
         assert len(list(self.suite.glob("*/*/result.json"))) == 12
         assert not self.events("twice")
@@ -115,7 +121,7 @@ def alive(pid: int) -> bool:
 
 @pytest.fixture
 def storm(tmp_path: Path) -> Callable[..., Storm]:
-    """Make a `Storm` in the test's folder, with its cells frozen."""
+    """Make a `Storm` in the test's folder, with its trials frozen."""
 
     def make(fit: Path, *overrides: str) -> Storm:
         made = Storm(tmp_path, fit, *overrides)

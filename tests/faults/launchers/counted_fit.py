@@ -5,9 +5,12 @@ import os
 import sys
 from pathlib import Path
 
-from experiments.system.locks import Claim
+from experiments import fit
+from experiments.runs.run_dir import RunDir
+from experiments.training import fit as training
 
 folder = Path(sys.argv[1])
+attempt = training.attempt_locked
 
 
 def log(event: str) -> None:
@@ -15,25 +18,19 @@ def log(event: str) -> None:
         file.write(f"{event} {folder.parent.name}/{folder.name} {os.getpid()}\n")
 
 
-busy = open(folder / "busy", "ab")  # noqa: SIM115  # to the end of the claim
-release = Claim.release
+def counted(run: RunDir) -> None:
+    """Train; a second process that trains the same run at the same time is logged."""
+    with open(folder / "busy", "ab") as busy:
+        try:
+            fcntl.flock(busy, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed one holds it no more
+        except BlockingIOError:
+            log("twice")
+        log("start")
+        if run.finished:
+            log("again")
+        attempt(run)
 
 
-def release_both(claim: Claim) -> None:
-    busy.close()  # first: from the release on another may train, while we are still leaving
-    release(claim)
-
-
-setattr(Claim, "release", release_both)  # noqa: B010  # mypy allows no assignment to a method
-try:
-    fcntl.flock(busy, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed one holds it no more
-except BlockingIOError:
-    log("twice")
-log("start")
-if (folder / "result.json").exists():
-    log("again")
-
-from experiments import fit  # noqa: E402
-
+training.attempt_locked = counted
 fit.main()
 log("done")

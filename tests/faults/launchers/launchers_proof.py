@@ -1,4 +1,4 @@
-"""`make faults`: twelve cells, two launchers, kills of both; with the stand-in, and real training.
+"""`make faults`: twelve trials, two launchers, kills of both; with the stand-in, and real training.
 
 What the real ones left is compared with a sweep that nothing happened to.
 """
@@ -29,8 +29,8 @@ def test_training(storm: Callable[..., Any], tmp_path: Path) -> None:
     text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(2000)))
     small = (
         *("data=text", f"data.source.paths={text}", "data.val_tokens=300", "ctx_len=32"),
-        *("batch_size=4", "budget_tokens=38400", "n_validations=4", "n_threads=1"),
-        *("checkpoint_every_min=0.005", f"paths.data={tmp_path / 'data'}"),
+        *("batch_size=4", "budget_tokens=38400", "n_validations=4", "execution.n_threads=1"),
+        *("execution.checkpoint_every_min=0.005", f"paths.data={tmp_path / 'data'}"),
     )
     twelve = storm(REAL, *small)
     print(dict(twelve.blow(40, pause_s=6.0)))

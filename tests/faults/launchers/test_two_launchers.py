@@ -1,4 +1,4 @@
-"""Twelve cells, two launchers, kills of both: with a stand-in for training."""
+"""Twelve trials, two launchers, kills of both: with a stand-in for training."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ FAKE = Path(__file__).resolve().parents[2] / "experiments" / "sweeps" / "fake_fi
 
 
 @pytest.mark.slow
-def test_no_cell_is_lost_or_trained_twice(storm: Callable[..., Any]) -> None:
+def test_no_trial_is_lost_or_trained_twice(storm: Callable[..., Any]) -> None:
     twelve = storm(FAKE)
     counts = twelve.blow(n_kills=12, pause_s=0.5)
     twelve.check()
