@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from experiments.config.entry import RunFailed, as_typed, entry
 from experiments.config.identity import plain
-from experiments.runs.run_dir import find_runs
+from experiments.runs.run_dir import find_runs, open_external
 from experiments.system.locks import RunLocked
 
 
@@ -26,10 +26,10 @@ def relog(cfg: DictConfig) -> None:
     pattern = plain(cfg)["run"]
     failed = []
     for run in find_runs(pattern if isinstance(pattern, list) else str(pattern)):
-        if not (run.path / "metrics.csv").is_file():
+        if not run.metrics_file.is_file():
             print(f"{run.path}: no metrics.csv, skipped")
             continue
-        cfg.suite = run.config.suite
+        cfg.suite = open_external(run.path).config.suite
         loggers = make_loggers(cfg, run)
         if loggers is None:
             raise ValueError("say where to log: logger=tensorboard, logger=wandb or logger=mlflow")
@@ -41,9 +41,8 @@ def relog(cfg: DictConfig) -> None:
             print(f"error: {error}: it logs by itself", file=sys.stderr)
             failed.append(str(run.path))
             continue
-        told = [follower.name for follower in loggers.followers if follower.told]
-        failed += [f"{run.path} ({name})" for name in told]
-        if not told:
+        failed += [f"{run.path} ({name})" for name in loggers.failed]
+        if not loggers.failed:
             print(f"{run.path}: logged")
     if failed:
         raise RunFailed(f"not logged, for the reasons above: {', '.join(failed)}")

@@ -59,6 +59,8 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: if `backend` names one that cannot be had.
         """
+        if self.backend != "auto":
+            raise ValueError(f"{self.family} has no backends: leave out backend={self.backend}")
         return None
 
     def matmul_flops_per_token(self, ctx_len: int) -> int:

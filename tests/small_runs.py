@@ -12,8 +12,8 @@ from experiments.runs.run_dir import RunDir
 from experiments.runs.trained_model import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["data=text", "debug=smoke", "trainer=cpu", "model.net.n_layer=2"]
-FAMILIES = ["rwkv4_nano", "gpt_nano"]
+SMALL = ["data=text", "debug=smoke", "trainer=cpu", "size=nano"]
+FAMILIES = ["rwkv4", "gpt"]
 
 
 def freeze_in(runs: Path, text: Path, *overrides: str) -> RunDir:
@@ -41,7 +41,7 @@ def command(tmp_path: Path, text: Path, *overrides: str) -> list[str]:
         "data.val_tokens=500",
         f"paths.runs={tmp_path / 'runs'}",
         f"paths.data={tmp_path / 'data'}",
-        "n_threads=1",
+        "execution.n_threads=1",
         *overrides,
     ]
 

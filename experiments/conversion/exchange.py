@@ -26,7 +26,7 @@ from experiments.conversion.weights_file import (
     write_weights,
 )
 from experiments.data.tokenizer import END_OF_TEXT, JsonTokenizer, Tokenizer, read_tokenizer
-from experiments.runs.run_dir import RunDir
+from experiments.runs.run_dir import RunDir, open_external
 from experiments.runs.trained_model import model_weights
 from experiments.system.files import write_json, write_text
 from models import convert
@@ -227,7 +227,7 @@ def export_checkpoint(
         FileNotFoundError, ValueError: if the run cannot be read, its model does not exist in the
             format, or the other library computes other logits. Nothing is left behind.
     """
-    run = RunDir(source)
+    run = open_external(source)
     path = run.checkpoint(checkpoint)
     with torch.device("meta"):
         model = make(run.config.model.net, LanguageModel)
@@ -262,7 +262,7 @@ def write_folder(
     folder: Path, run: RunDir, model: LanguageModel, tensors: dict[str, Tensor]
 ) -> None:
     """config.json, model.safetensors and, of a `json` tokenizer, Hugging Face's three files."""
-    file = run.path / "tokenizer.json"
+    file = run.tokenizer_file
     tokenizer = Tokenizer.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
     eot_id = 0 if tokenizer is None else tokenizer.eot_id
     dtype = convert.same_dtype(tensors.values())

@@ -18,18 +18,18 @@ def continued_run(run: RunDir) -> RunDir | None:
     Raises:
         ValueError: if that run is not there, not finished, or of another config.
     """
-    name = run.config.get("continues")
-    if name is None:
+    if run.config.continue_to is None:
         return None
+    name = run.config.continues
     path = run.path.parent / Path(name).name
     if not (path / "config.yaml").is_file() or not RunDir(path).finished:
         raise ValueError(
-            f"continue_to={run.config.continue_to} goes on from {path}, which is not finished: "
+            f"continue_to={run.config.continue_to} resumes {path}, which is not finished: "
             "run the same command without continue_to first"
         )
     before = RunDir(path)
     differences = config_difference(plain(before.config), plain(run.config))
-    differences = [line for line in differences if not line.startswith("continue_to:")]
+    differences = [line for line in differences if not line.startswith("continue")]
     if differences:
         raise ValueError(f"{path} has another config ({'; '.join(differences[:5])}): use its own")
     return before
@@ -41,15 +41,14 @@ def starting_point(run: RunDir, is_global_zero: bool) -> Path | None:
     Raises:
         ValueError: if there is one, but damaged; or as `continued_run`.
     """
-    own = to_go_on_from(run.path / "checkpoints")
+    own = to_go_on_from(run.checkpoints)
     before = None if own else continued_run(run)
     if before is None:
         return own
     last = before.checkpoint("last")
     check(last)
     if is_global_zero:
-        (run.path / "checkpoints").mkdir(exist_ok=True)
-        duplicate(before.checkpoint("best"), run.path / "checkpoints" / BEST)
-        # the checkpoints of earlier versions have no rows in them
-        write_text(run.path / "metrics.csv", (before.path / "metrics.csv").read_text("utf-8"))
+        (run.checkpoints).mkdir(exist_ok=True)
+        duplicate(before.checkpoint("best"), run.checkpoints / BEST)
+        write_text(run.metrics_file, before.metrics_file.read_text("utf-8"))
     return last

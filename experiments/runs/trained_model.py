@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.config.targets import make
 from experiments.runs.checkpoints.checksums import CHECKSUMS, is_whole
-from experiments.runs.run_dir import RunDir
+from experiments.runs.run_dir import RunDir, open_external
 
 if TYPE_CHECKING:
     from experiments.data.token_data import TokenData
@@ -69,7 +69,7 @@ def load_model(
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    config, path = run.config, run.checkpoint(checkpoint)
+    config, path = open_external(run.path).config, run.checkpoint(checkpoint)
     weights = model_weights(read_checkpoint(path), path)
     with torch.device("meta"):  # no time spent on an initialisation that is overwritten
         model = make(config.model.net, LanguageModel)
@@ -91,7 +91,7 @@ def load_tokenizer(run: RunDir) -> "Tokenizer":
     """
     from experiments.data.tokenizer import Tokenizer
 
-    file = run.path / "tokenizer.json"
+    file = run.tokenizer_file
     if not file.is_file():
         raise FileNotFoundError(
             f"{file} is missing, so text cannot be turned into tokens: convert the checkpoint "
@@ -123,10 +123,11 @@ def held_out(run: RunDir) -> "TokenData":
     trained_on = run.manifest.get("data", {}).get("fingerprint")
     if trained_on is None:
         raise ValueError("the run names no data it was trained on, so there is no held-out text")
-    data = TokenData.open(prepare(run.config.data))
+    config = open_external(run.path).config
+    data = TokenData.open(prepare(config.data))
     if data.fingerprint != trained_on:
         raise ValueError(
-            f"the source of data={run.config.data.name} is no longer what it was trained on: "
+            f"the source of data={config.data.name} is no longer what it was trained on: "
             f"{data.path} has the fingerprint {data.fingerprint[:12]}, not {trained_on[:12]}"
         )
     return data

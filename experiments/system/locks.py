@@ -82,6 +82,8 @@ def holding(file: Path, wait: bool = False) -> Iterator[None]:
                 by = f" ({owner})" if owner else ""
                 raise RunLocked(f"another process is at {file.parent}{by}") from None
             time.sleep(1)
+        except OSError as error:  # a full disk, for one
+            raise OSError(error.errno, error.strerror, str(file)) from None
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from experiments.runs.checkpoints.files import BEST, LAST, BackgroundCheckpointI
 from experiments.runs.metrics import format_cell
 from experiments.system import ranks
 from experiments.system.signals import StopRequest
+from experiments.training.lightning_internals import stay_for_validation, validate
 from experiments.training.module import LitLM
 from experiments.training.run_log import RunLog
 
@@ -62,10 +63,8 @@ class Checkpoints(Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # Lightning would end at once after the last step, so its validation counts as one more
-        state = checkpoint["callbacks"].get(self.state_key, {})
-        if state.get("unvalidated") and checkpoint["global_step"] == trainer.max_steps:
-            trainer.fit_loop.epoch_loop.max_steps += 1
+        if checkpoint["callbacks"][self.state_key]["unvalidated"]:
+            stay_for_validation(trainer, checkpoint["global_step"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LitLM)
@@ -78,19 +77,10 @@ class Checkpoints(Callback):
         if len(self.restored_rng) == trainer.world_size:
             set_rng_state(self.restored_rng[trainer.global_rank])
         if self.unvalidated:
-            self.validate(trainer, pl_module)
+            validate(trainer, pl_module.total_steps)
         elif losses and losses[-1] == (trainer.global_step, self.best_loss):
             assert trainer.ckpt_path is not None
             self.copy_best(trainer, Path(trainer.ckpt_path))  # killed between the two files?
-
-    def validate(self, trainer: L.Trainer, module: LitLM) -> None:
-        """Do the validation that was due when the run was stopped."""
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        loop.restarting = False
-        trainer.validating = True
-        loop.run()
-        trainer.training = True
-        trainer.fit_loop.epoch_loop.max_steps = module.total_steps
 
     def on_train_batch_end(
         self,
@@ -133,7 +123,7 @@ class Checkpoints(Callback):
             trainer.strategy.barrier()  # only one of them writes
             if trainer.is_global_zero:
                 print(
-                    f"stopped at step {trainer.global_step} and saved; the same command goes on",
+                    f"stopped at step {trainer.global_step} and saved; the same command resumes it",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -145,8 +135,8 @@ class Checkpoints(Callback):
         """The same on every rank: any rank's signal or clock counts for all."""
         if trainer.world_size == 1:
             return code, due
-        mine = torch.tensor([code, int(due)], device=trainer.strategy.root_device)
-        code, is_due = trainer.strategy.reduce(mine, reduce_op="max").tolist()
+        here = torch.tensor([code, int(due)], device=trainer.strategy.root_device)
+        code, is_due = trainer.strategy.reduce(here, reduce_op="max").tolist()
         return code, bool(is_due)
 
     def save(self, trainer: L.Trainer) -> None:

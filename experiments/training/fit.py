@@ -73,20 +73,18 @@ def train(run: RunDir, stop: StopRequest) -> None:
     module.peak_flops = described["device"]["peak_flops"]
     if trainer.is_global_zero:
         remove_leftovers(run)
-        write_json(run.path / "manifest.json", described)
-        write_text(run.path / "tokenizer.json", data.tokenizer.to_json())
+        write_json(run.manifest_file, described)
+        write_text(run.tokenizer_file, data.tokenizer.to_json())
     # again: what was drawn since depends on what an earlier start left; a checkpoint has its own
     L.seed_everything(cfg.seed + trainer.global_rank, verbose=False)
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-    trainer.save_checkpoint(run.path / "checkpoints" / LAST)
+    trainer.save_checkpoint(run.checkpoints / LAST)
     trainer.strategy.checkpoint_io.teardown()  # waits until it is written
     if trainer.is_global_zero:
         for name in (BEST, LAST):
-            make_whole(run.path / "checkpoints" / name)
-        result = summarise(
-            MetricsFile(run.path / "metrics.csv"), model.flops_per_token(cfg.ctx_len)
-        )
-        write_json(run.path / "result.json", result)
+            make_whole(run.checkpoints / name)
+        result = summarise(MetricsFile(run.metrics_file), model.flops_per_token(cfg.ctx_len))
+        write_json(run.result_file, result)
         print(f"{run.name}: {run.summary()}", flush=True)
 
 
@@ -95,7 +93,7 @@ def remove_leftovers(run: RunDir) -> None:
     for name in ("manifest.json", "tokenizer.json", "metrics.csv", "result.json", "error.txt"):
         for leftover in run.path.glob(f".{name}.*"):
             remove(leftover)
-    for leftover in (run.path / "checkpoints").glob(".*"):
+    for leftover in (run.checkpoints).glob(".*"):
         remove(leftover)
 
 
@@ -117,9 +115,7 @@ def build(
     tokens_per_step = cfg.batch_size * cfg.ctx_len
     flops = model.flops_per_token(cfg.ctx_len)
     val_every = max(1, round(n_steps / cfg.n_validations))
-    run_log = RunLog(
-        MetricsFile(run.path / "metrics.csv"), tokens_per_step, flops, execution.log_every
-    )
+    run_log = RunLog(MetricsFile(run.metrics_file), tokens_per_step, flops, execution.log_every)
     options = trainer_options(cfg)
     trainer = L.Trainer(
         **options | {"plugins": [*options["plugins"], BackgroundCheckpointIO()]},
@@ -133,7 +129,7 @@ def build(
             run_log,
             TokenBar(run.name, tokens_per_step),
             Checkpoints(
-                run.path / "checkpoints",
+                run.checkpoints,
                 run_log,
                 val_every,
                 execution.checkpoint_every_min,
@@ -232,7 +228,7 @@ def attempt(run: RunDir) -> None:
 
 
 def attempt_locked(run: RunDir) -> None:
-    error_file = run.path / "error.txt"
+    error_file = run.error_file
     if getattr(rank_zero_only, "rank", 0) == 0:
         error_file.unlink(missing_ok=True)
     try:
@@ -254,7 +250,7 @@ def explain(error: Exception, run: RunDir) -> str:
     """One line: what went wrong, and what to do about it."""
     cfg = run.config
     if isinstance(error, LossNotFinite):
-        last = run.path / "checkpoints" / "last.ckpt"
+        last = run.checkpoints / "last.ckpt"
         kept = (
             f"checkpoint of step {read_checkpoint(last)['global_step']} kept; "
             if last.exists()
@@ -270,6 +266,6 @@ def explain(error: Exception, run: RunDir) -> str:
     if is_lost_peer(error):
         return (
             "another process of this run ended or cannot be reached: see what it printed; the same "
-            "command goes on from the last checkpoint"
+            "command resumes from the last checkpoint"
         )
     return one_line(error)

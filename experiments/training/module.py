@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from experiments.training.devices import shard
+from experiments.training.lightning_internals import end_after_last_step, set_counters
 from experiments.training.loss import (
     IGNORE,
     bits_per_byte,
@@ -139,22 +140,10 @@ class LitLM(L.LightningModule):
             group["lr"] = peak * fraction
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Lightning validates after the last step only if it is told that training stops there
-        self.trainer.should_stop = self.trainer.global_step >= self.trainer.max_steps
+        end_after_last_step(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Lightning counts micro-batches and knows a dozen places to be interrupted at. Ours are
-        # always saved at the end of a step and go on at the start of the next, whose micro-batches
-        # may be of another number than they were.
-        n = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-        loops = checkpoint["loops"]["fit_loop"]
-        for part in ("total", "current"):
-            loops["epoch_loop.batch_progress"][part].update(
-                ready=n, started=n, processed=n, completed=n - 1
-            )
-            loops["epoch_loop.val_loop.batch_progress"][part].update(
-                ready=0, started=0, processed=0, completed=0
-            )
+        set_counters(checkpoint, self.trainer.accumulate_grad_batches)
 
     def on_validation_epoch_start(self) -> None:
         self.val_sums = [0.0, 0.0, 0.0]  # nats, targets, bytes; Python's floats are float64

@@ -61,7 +61,7 @@ class RunLog(Callback):
         self.restored = state_dict["pending"]  # to be put where the next ones are
         self.time_s = state_dict["time_s"]
         self.logged_time_s = state_dict["logged_time_s"]
-        self.metrics.text = state_dict.get("metrics", "")  # checkpoints of earlier versions: none
+        self.metrics.text = state_dict["metrics"]
 
     def tick(self) -> None:
         """Bring ``time_s`` up to now."""

@@ -42,8 +42,8 @@ class Processes:
         return [
             "data=text",
             "debug=smoke",
-            "trainer.accelerator=cpu",
-            "model.net.n_layer=2",
+            "execution.trainer.accelerator=cpu",
+            "size.n_layer=2",
             f"data.source.paths={self.text}",
             "data.val_tokens=500",
             f"paths.runs={self.folder / runs}",

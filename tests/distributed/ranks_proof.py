@@ -15,14 +15,18 @@ from experiments.runs.run_dir import RunDir
 from ..small_runs import rows
 from .conftest import ROOT, Processes, apart
 
-FAMILIES = ["rwkv4_nano", "gpt_nano"]
+FAMILIES = ["rwkv4", "gpt"]
 STRATEGIES = ["ddp", "fsdp"]
-LONG = ["batch_size=8", "micro_batch_size=2", "budget_tokens=25600"]  # 50 steps
-SMALL = ["batch_size=8", "micro_batch_size=2", "budget_tokens=4096"]  # 8 steps
+LONG = ["batch_size=8", "execution.micro_batch_size=2", "budget_tokens=25600"]  # 50 steps
+SMALL = ["batch_size=8", "execution.micro_batch_size=2", "budget_tokens=4096"]  # 8 steps
 
 MORE = {
     "long": [],
-    "memory": ["++model.net.grad_checkpoint=true", "chunk_len=21", "loss=chunked"],
+    "memory": [
+        "execution.grad_checkpoint=true",
+        "execution.chunk_len=21",
+        "execution.loss=chunked",
+    ],
     "own": ["precision=bf16-mixed", "optim=own", "schedule=own"],
 }
 
@@ -82,7 +86,7 @@ def test_a_run_moves_between_strategies_and_numbers_of_processes(
             f"model={model}",
             f"trainer={trainer}",
             *SMALL,
-            f"micro_batch_size={4 if step % 2 else 1}",
+            f"execution.micro_batch_size={4 if step % 2 else 1}",
         )
         assert processes.train(run, n_ranks, stop=[n_ranks - 1, step]) == [143] * n_ranks
     assert processes.train(run, 1) == [0]
@@ -95,7 +99,7 @@ def test_a_run_moves_between_strategies_and_numbers_of_processes(
 
 @pytest.fixture(scope="module")
 def expected(processes: Processes) -> RunDir:
-    run = processes.freeze("expected", "model=rwkv4_nano", "trainer=ddp", *SMALL)
+    run = processes.freeze("expected", "model=rwkv4", "size=nano", "trainer=ddp", *SMALL)
     assert processes.train(run, 2) == [0, 0]
     return run
 
@@ -118,14 +122,14 @@ def call(processes: Processes, command: list[str], **environment: str) -> subpro
 
 
 def test_lightning_starts_them(processes: Processes, expected: RunDir) -> None:
-    given = processes.overrides("own", "model=rwkv4_nano", "trainer=ddp", *SMALL)
-    started = call(processes, [sys.executable, *TRAIN, *given, "trainer.devices=2"])
+    given = processes.overrides("own", "model=rwkv4", "size=nano", "trainer=ddp", *SMALL)
+    started = call(processes, [sys.executable, *TRAIN, *given, "execution.trainer.devices=2"])
     assert started.wait(300) == 0
     assert same(expected, found(processes, "own"))
 
 
 def test_torchrun_starts_them_and_again(processes: Processes, expected: RunDir) -> None:
-    given = processes.overrides("torchrun", "model=rwkv4_nano", "trainer=ddp", *SMALL)
+    given = processes.overrides("torchrun", "model=rwkv4", "size=nano", "trainer=ddp", *SMALL)
     command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *TRAIN, *given]
     assert call(processes, command).wait(300) == 0
     assert same(expected, found(processes, "torchrun"))
@@ -141,7 +145,7 @@ def free_port() -> int:
 
 
 def test_torchrun_on_two_nodes(processes: Processes, expected: RunDir) -> None:
-    given = processes.overrides("nodes", "model=rwkv4_nano", "trainer=ddp", *SMALL)
+    given = processes.overrides("nodes", "model=rwkv4", "size=nano", "trainer=ddp", *SMALL)
     where = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
     where += ["--rdzv-id", "1", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     nodes = [call(processes, [*TORCHRUN, *where, *TRAIN, *given]) for _ in range(2)]
@@ -153,7 +157,7 @@ def test_torchrun_on_two_nodes(processes: Processes, expected: RunDir) -> None:
 
 def test_srun_starts_them(processes: Processes, expected: RunDir) -> None:
     """By what srun sets in the environment of two tasks on two nodes."""
-    given = processes.overrides("srun", "model=rwkv4_nano", "trainer=ddp", *SMALL)
+    given = processes.overrides("srun", "model=rwkv4", "size=nano", "trainer=ddp", *SMALL)
     common = {
         "SLURM_JOB_ID": "4711",
         "SLURM_STEP_ID": "0",
@@ -181,8 +185,8 @@ def test_a_signal_to_the_first_of_lightnings_processes_stops_all(
     processes: Processes, number: int
 ) -> None:
     run = processes.freeze(
-        f"signal{number}", "model=gpt_nano", "trainer=fsdp", "trainer.devices=2",
-        "micro_batch_size=2", "budget_tokens=1e9",
+        f"signal{number}", "model=gpt", "size=nano", "trainer=fsdp", "execution.trainer.devices=2",
+        "execution.micro_batch_size=2", "budget_tokens=1e9",
     )  # fmt: skip
     first = call(processes, [sys.executable, "-m", "experiments.fit", str(run.path)])
     table = run.path / "metrics.csv"
@@ -201,7 +205,7 @@ def test_a_signal_to_the_first_of_lightnings_processes_stops_all(
 
 
 def test_one_line_where_the_numbers_do_not_fit(processes: Processes, tmp_path: Path) -> None:
-    given = processes.overrides("wrong", "model=gpt_nano", "trainer=cpu")
+    given = processes.overrides("wrong", "model=gpt", "size=nano", "trainer=cpu")
     command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *TRAIN, *given]
     done = subprocess.run(
         command, cwd=ROOT, env=processes.environment, capture_output=True, text=True, timeout=300

@@ -14,7 +14,7 @@ from .conftest import Processes, apart
 
 SMALL = [
     "batch_size=8",
-    "micro_batch_size=2",
+    "execution.micro_batch_size=2",
     "budget_tokens=4096",
 ]  # 8 steps of 2 x 2 micro-batches
 pytestmark = pytest.mark.slow
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def whole(processes: Processes) -> RunDir:
     """A sharded run that was never stopped."""
-    run = processes.freeze("whole", "model=gpt_nano", "trainer=fsdp", *SMALL)
+    run = processes.freeze("whole", "model=gpt", "size=nano", "trainer=fsdp", *SMALL)
     assert processes.train(run, 2) == [0, 0]
     return run
 
 
 def test_sharded_processes_train_as_one(processes: Processes, whole: RunDir) -> None:
-    one = processes.freeze("one", "model=gpt_nano", "trainer=cpu", *SMALL)
+    one = processes.freeze("one", "model=gpt", "size=nano", "trainer=cpu", *SMALL)
     assert processes.train(one, 1, adds_as="fsdp") == [0]
     assert apart(one, whole) == 0
     assert rows(one) == rows(whole)
@@ -38,8 +38,8 @@ def test_sharded_processes_train_as_one(processes: Processes, whole: RunDir) -> 
 
 
 def test_copies_of_a_model_train_as_one(processes: Processes) -> None:
-    one = processes.freeze("one", "model=rwkv4_nano", "trainer=cpu", *SMALL)
-    two = processes.freeze("ddp", "model=rwkv4_nano", "trainer=ddp", *SMALL)
+    one = processes.freeze("one", "model=rwkv4", "size=nano", "trainer=cpu", *SMALL)
+    two = processes.freeze("ddp", "model=rwkv4", "size=nano", "trainer=ddp", *SMALL)
     assert processes.train(one, 1, adds_as="ddp") == [0]
     assert processes.train(two, 2) == [0, 0]
     assert apart(one, two) == 0
@@ -66,7 +66,7 @@ def test_speed_and_utilisation_are_of_all_devices(whole: RunDir) -> None:
 @pytest.fixture(scope="module")
 def stopped(processes: Processes) -> RunDir:
     """The same run, told to stop by a signal to its second process."""
-    run = processes.freeze("stopped", "model=gpt_nano", "trainer=fsdp", *SMALL)
+    run = processes.freeze("stopped", "model=gpt", "size=nano", "trainer=fsdp", *SMALL)
     assert processes.train(run, 2, stop=[1, 5]) == [143, 143]
     assert run.checkpoint("last").is_dir()
     return run
@@ -76,7 +76,7 @@ def test_a_stopped_sharded_run_goes_on_to_the_same_end(
     processes: Processes, whole: RunDir, stopped: RunDir
 ) -> None:
     processes.copy(stopped, "same")
-    same = processes.freeze("same", "model=gpt_nano", "trainer=fsdp", *SMALL)
+    same = processes.freeze("same", "model=gpt", "size=nano", "trainer=fsdp", *SMALL)
     assert processes.train(same, 2) == [0, 0]
     assert apart(whole, same) == 0
     assert rows(whole) == rows(same)
@@ -87,7 +87,7 @@ def test_a_stopped_sharded_run_goes_on_by_any_other_strategy(
     processes: Processes, whole: RunDir, stopped: RunDir, trainer: str, n_ranks: int
 ) -> None:
     processes.copy(stopped, trainer)
-    other = processes.freeze(trainer, "model=gpt_nano", f"trainer={trainer}", *SMALL)
+    other = processes.freeze(trainer, "model=gpt", "size=nano", f"trainer={trainer}", *SMALL)
     assert processes.train(other, n_ranks) == [0] * n_ranks
     assert apart(whole, other, key_biases=False) < 1e-6
     for a, b in zip(rows(whole), rows(other), strict=True):
@@ -109,7 +109,12 @@ def test_a_process_that_dies_ends_the_run_and_the_next_start_goes_on(
     processes: Processes, whole: RunDir
 ) -> None:
     run = processes.freeze(
-        "killed", "model=gpt_nano", "trainer=fsdp", "checkpoint_every_min=1e-9", *SMALL
+        "killed",
+        "model=gpt",
+        "size=nano",
+        "trainer=fsdp",
+        "execution.checkpoint_every_min=1e-9",
+        *SMALL,
     )
     first, second = processes.train(run, 2, kill=[1, 6])
     assert first == 1

@@ -29,22 +29,13 @@ ROOT = Path(__file__).resolve().parents[2]
 N_STEPS, LOG_EVERY, N_VALIDATIONS = 24, 5, 4
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
-# functions, and about as many of their lines as a run executes
+# parts of files' names, and about as many operations on them as a run executes
 AIMS: dict[str, tuple[list[str], int]] = {
-    "step": (["LitLM.training_step", "RunLog.on_train_batch_end", "Checkpoints.save_if_due"], 300),
-    "validation": (["LitLM.validation_step", "Checkpoints.on_validation_end"], 60),
-    "checkpoint": (
-        ["AtomicCheckpointIO.save_checkpoint", "put", "duplicate", "replace", "write_text "
-         "checksums.json", "HashedFile.flush", "to_go_on_from", "Checkpoints.save"],
-        250,
-    ),
-    "metrics": (["MetricsFile.append", "MetricsFile.rewind", "write_text metrics.csv"], 60),
-    "result": (
-        ["train", "summarise", "write_text result.json", "write_text manifest.json",
-         "write_text tokenizer.json", "attempt_locked"],
-        75,
-    ),
-}  # fmt: skip
+    "checkpoint": ([".ckpt"], 250),
+    "checksums": (["checksums.json"], 120),
+    "metrics": (["metrics.csv"], 40),
+    "result": (["result.json", "manifest.json", "tokenizer.json", "error.txt", ".lock"], 15),
+}
 
 
 @pytest.fixture(scope="session")
@@ -54,13 +45,19 @@ def freeze(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunDir]:
     text = folder / "a.txt"
     text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(2000)))
 
-    def make(runs: Path, *overrides: str, model: str = "rwkv4_pico") -> RunDir:
+    def make(runs: Path, *overrides: str, model: str = "rwkv4") -> RunDir:
         given = [
             f"model={model}",
+            "size=pico",
             *("data=text", f"data.source.paths={text}", "data.val_tokens=300", "trainer=cpu"),
-            *("ctx_len=32", "batch_size=4", "micro_batch_size=2", "n_threads=1"),
-            *(f"budget_tokens={N_STEPS * 128}", f"log_every={LOG_EVERY}"),
-            *(f"n_validations={N_VALIDATIONS}", "checkpoint_every_min=1e-9"),
+            *(
+                "ctx_len=32",
+                "batch_size=4",
+                "execution.micro_batch_size=2",
+                "execution.n_threads=1",
+            ),
+            *(f"budget_tokens={N_STEPS * 128}", f"execution.log_every={LOG_EVERY}"),
+            *(f"n_validations={N_VALIDATIONS}", "execution.checkpoint_every_min=1e-9"),
             *(f"paths.runs={runs}", f"paths.data={folder / 'data'}", *overrides),
         ]
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
@@ -134,7 +131,7 @@ def kill(
     server: Server,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str, int], Counter[str]]:
-    """Kill trainings of a model a number of times, at any time and before a line of each of `AIMS`.
+    """Kill trainings of a model a number of times, at any time and before operations on files.
 
     Each is started again until it is done, and compared with the undisturbed one. Returns how many
     kills were where, and how many trainings they were.
@@ -170,9 +167,9 @@ def strike(
 ) -> int:
     """Start a training, let a signal come in some place, and return its exit code."""
     if place in AIMS:
-        functions, n_lines = AIMS[place]
-        line = draw.randint(1, n_lines)
-        server.start(run, {"functions": functions, "line": line, "signal": number})
+        files, n_operations = AIMS[place]
+        count = draw.randint(1, n_operations)
+        server.start(run, {"files": files, "count": count, "signal": number})
         return server.wait()
     pid = server.start(run)
     if place == "any time":
@@ -205,7 +202,7 @@ def assert_same(whole: RunDir, run: RunDir) -> None:
         assert (whole.result or {})[key] == (run.result or {})[key]
     assert run.manifest.keys() == whole.manifest.keys()
     expected = {p.name for p in whole.path.rglob("*")} | {"log.txt", ".lock"}
-    left = {p.name for p in run.path.rglob("*") if not p.name.startswith(".claim.")}
+    left = {p.name for p in run.path.rglob("*")}
     assert left <= expected
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 
-@pytest.mark.parametrize("model", ["rwkv4_pico", "gpt_pico"])
+@pytest.mark.parametrize("model", ["rwkv4", "gpt"])
 def test_fifty_kills(kill: Callable[[str, int], Counter[str]], model: str) -> None:
     counts = kill(model, 50)
     print(f"{model}: {dict(counts)}")

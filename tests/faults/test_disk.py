@@ -86,7 +86,7 @@ def test_a_disk_fails_under_a_running_job(
     else:
         subprocess.run(["umount", folder], check=True)
     attempt(RunDir(run.path))
-    same_end(undisturbed("rwkv4_pico")[0], run)
+    same_end(undisturbed("rwkv4")[0], run)
 
 
 def test_a_disk_that_can_only_be_read_from_the_start(

@@ -7,7 +7,7 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["rwkv4_pico", "gpt_pico"])
+@pytest.mark.parametrize("model", ["rwkv4", "gpt"])
 def test_killed_trainings_end_as_undisturbed_ones(
     kill: Callable[[str, int], Counter[str]], model: str
 ) -> None:

@@ -29,7 +29,14 @@ def run(tmp_path: Path) -> RunDir:
     texts.mkdir()
     for i in range(60):
         (texts / f"{i:02}.txt").write_text(f"{i} \u00e4\u20ac " * 40)
-    given = ["data=text", "debug=smoke", "trainer=cpu", "model=rwkv4_pico", "micro_batch_size=2"]
+    given = [
+        "data=text",
+        "debug=smoke",
+        "trainer=cpu",
+        "model=rwkv4",
+        "size=pico",
+        "execution.micro_batch_size=2",
+    ]
     given += [f"data.source.paths={texts}", "data.val_tokens=300", "budget_tokens=1536"]
     given += [f"paths.runs={tmp_path / 'runs'}", f"paths.data={tmp_path / 'data'}"]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):

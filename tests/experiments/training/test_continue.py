@@ -27,7 +27,14 @@ def frozen(tmp_path: Path) -> Callable[..., RunDir]:
     def freeze(*overrides: str) -> RunDir:
         given = [
             *("data=text", f"data.source.paths={text}", "data.val_tokens=300", "trainer=cpu"),
-            *("ctx_len=32", "batch_size=4", "n_threads=1", "n_validations=2", "log_every=1"),
+            *(
+                "size=pico",
+                "ctx_len=32",
+                "batch_size=4",
+                "execution.n_threads=1",
+                "n_validations=2",
+                "execution.log_every=1",
+            ),
             *(f"paths.runs={tmp_path / 'runs'}", f"paths.data={tmp_path / 'data'}", *overrides),
         ]
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
@@ -50,7 +57,7 @@ def rows(run: RunDir) -> list[dict[str, str]]:
     return MetricsFile(run.path / "metrics.csv").rows()
 
 
-@pytest.mark.parametrize("model", ["rwkv4_pico", "gpt_pico"])
+@pytest.mark.parametrize("model", ["rwkv4", "gpt"])
 def test_a_finished_run_goes_on_to_a_larger_budget(
     freeze: Callable[..., RunDir], model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,10 +130,10 @@ def test_what_cannot_be_continued_is_one_line(freeze: Callable[..., RunDir]) -> 
         freeze("budget_tokens=2048", "continue_to=2100")
     with pytest.raises(ValueError, match=r"continue_to is 'x': it must be a number"):
         freeze("budget_tokens=2048", "continue_to=x")
-    first = freeze("model=rwkv4_pico", "budget_tokens=256")
+    first = freeze("model=rwkv4", "size=pico", "budget_tokens=256")
     fit(first)
     (first.path / "config.yaml").write_text(
         (first.path / "config.yaml").read_text().replace("n_validations: 2", "n_validations: 1")
     )
     with pytest.raises(ValueError, match=r"has another config \(n_validations: 1 -> 2\)"):
-        fit(freeze("model=rwkv4_pico", "budget_tokens=256", "continue_to=512"))
+        fit(freeze("model=rwkv4", "size=pico", "budget_tokens=256", "continue_to=512"))

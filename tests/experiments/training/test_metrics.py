@@ -92,7 +92,7 @@ def test_tokens_per_second_by_a_fake_clock(
 
     monkeypatch.setattr(LitLM, "training_step", slow_step)
     monkeypatch.setattr(LitLM, "validation_step", slow_validation)
-    run = freeze("log_every=5")
+    run = freeze("execution.log_every=5")
     fit(run)
     speeds = MetricsFile(run.path / "metrics.csv").column("perf/tokens_per_s")
     assert [s for _, s in speeds] == [4 * 64 / 2] * 4

@@ -14,6 +14,7 @@ from experiments.runs.checkpoints.files import AtomicCheckpointIO
 from experiments.runs.run_dir import RunDir
 from experiments.runs.trained_model import read_checkpoint
 from experiments.system.files import write_json
+from experiments.system.signals import BUSY
 from experiments.training.fit import attempt, fit
 from experiments.training.run_log import RunLog
 
@@ -30,7 +31,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Callabl
             torch.manual_seed(0)
             runs = tmp_path_factory.mktemp("undisturbed")
             done[model] = freeze_in(
-                runs, text, f"model={model}", "micro_batch_size=2", "log_every=4"
+                runs,
+                text,
+                f"model={model}",
+                "execution.micro_batch_size=2",
+                "execution.log_every=4",
             )
             fit(done[model])
         return done[model]
@@ -42,12 +47,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Callabl
 @pytest.mark.parametrize(
     ("model", "stop_at", "then"),
     [
-        ("rwkv4_nano", 13, 2),
-        ("gpt_nano", 13, 2),
-        ("rwkv4_nano", 10, 2),
-        ("gpt_nano", 20, 2),
-        ("rwkv4_nano", 13, 4),
-        ("rwkv4_nano", 10, 1),
+        ("rwkv4", 13, 2),
+        ("gpt", 13, 2),
+        ("rwkv4", 10, 2),
+        ("gpt", 20, 2),
+        ("rwkv4", 13, 4),
+        ("rwkv4", 10, 1),
     ],
 )
 def test_a_stopped_run_ends_as_if_never_stopped(
@@ -59,7 +64,7 @@ def test_a_stopped_run_ends_as_if_never_stopped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = undisturbed(model)
-    parted = freeze(f"model={model}", "micro_batch_size=2", "log_every=4")
+    parted = freeze(f"model={model}", "execution.micro_batch_size=2", "execution.log_every=4")
     original = RunLog.on_train_batch_end
 
     def stop(self, trainer, *args):  # type: ignore[no-untyped-def]
@@ -74,7 +79,7 @@ def test_a_stopped_run_ends_as_if_never_stopped(
     assert left.value.code == 128 + signal.SIGTERM
     assert read_checkpoint(parted.checkpoint("last"))["global_step"] == stop_at
     assert not parted.finished
-    parted = freeze(f"model={model}", f"micro_batch_size={then}", "log_every=4")
+    parted = freeze(f"model={model}", f"execution.micro_batch_size={then}", "execution.log_every=4")
     fit(parted)
     if then == 2:
         assert same(weights(whole), weights(parted))
@@ -97,7 +102,12 @@ def test_a_run_killed_right_after_any_save_ends_as_if_never_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Saves whenever it can, dies after the third one, five times over."""
-    run = freeze(f"model={model}", "micro_batch_size=2", "log_every=4", "checkpoint_every_min=1e-9")
+    run = freeze(
+        f"model={model}",
+        "execution.micro_batch_size=2",
+        "execution.log_every=4",
+        "execution.checkpoint_every_min=1e-9",
+    )
     original = AtomicCheckpointIO.save_checkpoint
 
     class Killed(BaseException):
@@ -137,27 +147,28 @@ def test_other_data_than_it_was_started_on_is_refused(freeze: Callable[..., RunD
     (run.path / "result.json").unlink()
     manifest = run.manifest
     manifest["data"]["fingerprint"] = "another"
-    write_json(run.path / "manifest.json", manifest)
+    write_json(run.manifest_file, manifest)
     with pytest.raises(RunFailed, match="trained on other data"):
         attempt(run)
 
 
 def test_a_run_in_training_is_left_alone(freeze: Callable[..., RunDir]) -> None:
     run = freeze()
-    with run.claim():
+    with run.lock():
         freeze()  # the same config: there is nothing to write
         other = {**plain(run.config), "ctx_len": 32}
         with pytest.raises(ValueError, match=r"another process .* with another config \(ctx_len"):
             RunDir.store(run.path, other)
-        with pytest.raises(RunFailed, match="another process"):
+        with pytest.raises(SystemExit) as left:
             attempt(RunDir(run.path))
-    assert sorted(p.name for p in run.path.iterdir()) == [".claim.1", ".lock", "config.yaml"]
+        assert left.value.code == BUSY
+    assert [p.name for p in run.path.iterdir()] == ["config.yaml"]
 
 
 def test_a_loss_that_turns_nan_stops_and_keeps_the_last_good_checkpoint(
     freeze: Callable[..., RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = freeze("checkpoint_every_min=1e-9", "log_every=7")
+    run = freeze("execution.checkpoint_every_min=1e-9", "execution.log_every=7")
     from experiments.training.module import LitLM
 
     original = LitLM.training_step

@@ -27,7 +27,7 @@ SRUN = {
 
 def config(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return compose("train", overrides=["trainer.accelerator=cpu", *overrides])
+        return compose("train", overrides=["execution.trainer.accelerator=cpu", *overrides])
 
 
 @pytest.fixture
@@ -46,8 +46,11 @@ def test_processes_started_from_outside_say_how_many(
         environment.setenv(name, value)
     assert ranks.started() == (4, 8)
     assert ranks.started_as() == 5
-    for given in (["trainer=ddp"], ["trainer=fsdp", "trainer.devices=4", "trainer.num_nodes=2"]):
-        options = trainer_options(config(*given, "trainer.accelerator=cpu"))
+    for given in (
+        ["trainer=ddp"],
+        ["trainer=fsdp", "execution.trainer.devices=4", "execution.trainer.num_nodes=2"],
+    ):
+        options = trainer_options(config(*given, "execution.trainer.accelerator=cpu"))
         assert (options["devices"], options["num_nodes"]) == (4, 2)
         (plugin,) = options["plugins"]
         assert isinstance(plugin, TorchElasticEnvironment)
@@ -55,7 +58,7 @@ def test_processes_started_from_outside_say_how_many(
     with pytest.raises(ValueError, match=r"8 processes were started on 2 machines.*trainer=ddp"):
         trainer_options(config("trainer=cpu"))
     with pytest.raises(ValueError, match=r"trainer\.num_nodes=3"):
-        trainer_options(config("trainer=ddp", "trainer.num_nodes=3"))
+        trainer_options(config("trainer=ddp", "execution.trainer.num_nodes=3"))
 
 
 def test_srun_names_the_first_machine_and_a_port(environment: pytest.MonkeyPatch) -> None:
@@ -90,20 +93,27 @@ def test_alone_also_in_a_batch_job(
     for name, value in variables.items():
         environment.setenv(name, value)
     options = trainer_options(
-        config("trainer=fsdp", "trainer.devices=2", "trainer.accelerator=cpu")
+        config("trainer=fsdp", "execution.trainer.devices=2", "execution.trainer.accelerator=cpu")
     )
     assert (options["devices"], options["num_nodes"]) == (2, 1)
     assert isinstance(options["plugins"][0], LightningEnvironment)
     assert isinstance(options["strategy"], Sharded)
     with pytest.raises(ValueError, match="num_nodes=2: start a process for every device"):
-        trainer_options(config("trainer=ddp", "trainer.num_nodes=2", "trainer.accelerator=cpu"))
+        trainer_options(
+            config(
+                "trainer=ddp", "execution.trainer.num_nodes=2", "execution.trainer.accelerator=cpu"
+            )
+        )
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["trainer.strategy=deepspeed"], "'deepspeed': choose auto, ddp, fsdp"),
-        (["trainer=fsdp", "trainer.accelerator=gpu", "precision=16-mixed"], "use bf16-mixed"),
+        (["execution.trainer.strategy=deepspeed"], "'deepspeed': choose auto, ddp, fsdp"),
+        (
+            ["trainer=fsdp", "execution.trainer.accelerator=gpu", "precision=16-mixed"],
+            "use bf16-mixed",
+        ),
         (["precision=16-mixed"], "needs a GPU"),
     ],
 )

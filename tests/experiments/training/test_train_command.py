@@ -17,7 +17,7 @@ from ...small_runs import ROOT, command, freeze_in, rows, same, weights
 
 @pytest.mark.slow
 def test_sweep_skips_what_is_done_and_lists_what_failed(tmp_path: Path, text: Path) -> None:
-    sweep = command(tmp_path, text, "model=rwkv4_nano,gpt_nano", "ctx_len=64,100000", "-m")
+    sweep = command(tmp_path, text, "model=rwkv4,gpt", "size=nano", "ctx_len=64,100000", "-m")
     done = subprocess.run(sweep, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2  # how many failed
     assert "2 trained, 0 finished before, 2 failed" in done.stdout
@@ -28,7 +28,7 @@ def test_sweep_skips_what_is_done_and_lists_what_failed(tmp_path: Path, text: Pa
     assert not list((tmp_path / "runs").glob("*/*/*100000*"))  # bad input leaves nothing
     before = [path.stat().st_mtime_ns for path in results]
     again = subprocess.run(
-        command(tmp_path, text, "model=rwkv4_nano,gpt_nano", "ctx_len=64", "-m"),
+        command(tmp_path, text, "model=rwkv4,gpt", "size=nano", "ctx_len=64", "-m"),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -40,7 +40,12 @@ def test_sweep_skips_what_is_done_and_lists_what_failed(tmp_path: Path, text: Pa
 
 @pytest.mark.slow
 def test_kill_minus_nine_then_the_same_command(tmp_path: Path, text: Path) -> None:
-    overrides = ["model=rwkv4_nano", "budget_tokens=51200", "checkpoint_every_min=0.000001"]
+    overrides = [
+        "model=rwkv4",
+        "size=nano",
+        "budget_tokens=51200",
+        "execution.checkpoint_every_min=0.000001",
+    ]
     args = command(tmp_path, text, *overrides)
     child = subprocess.Popen(args, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -72,8 +77,8 @@ def test_command_line_errors_are_one_line(tmp_path: Path, text: Path) -> None:
         ["nosuch=1"],
         ["budget_tokens=1"],
         ["backprop=truncated"],
-        ["model.net.wkv_backend=cuda"],  # not on a CPU
-        ["model.net.wkv_backend=cpu", "model=gpt_nano"],
+        ["execution.backend=cuda"],  # not on a CPU
+        ["execution.backend=cpu", "model=gpt"],
     ):
         done = subprocess.run(
             command(tmp_path, text, *overrides), cwd=ROOT, capture_output=True, text=True
@@ -89,7 +94,7 @@ def test_command_line_errors_are_one_line(tmp_path: Path, text: Path) -> None:
 @pytest.mark.slow
 def test_signals_to_all_processes_of_a_run_with_workers(tmp_path: Path, text: Path) -> None:
     """As a terminal, torchrun or srun send them; and one that comes while modules are imported."""
-    run = freeze_in(tmp_path / "runs", text, "num_workers=2", "budget_tokens=1e8")
+    run = freeze_in(tmp_path / "runs", text, "execution.num_workers=2", "budget_tokens=1e8")
     fit = [sys.executable, "-m", "experiments.fit", str(run.path)]
 
     def start() -> subprocess.Popen[str]:

@@ -22,10 +22,10 @@ def test_two_processes_train_like_one(
         tmp_path / "two",
         text,
         f"model={model}",
-        "micro_batch_size=2",
-        f"chunk_len={chunk_len}",
-        "trainer.devices=2",
-        "trainer.strategy=ddp",
+        "execution.micro_batch_size=2",
+        f"execution.chunk_len={chunk_len}",
+        "execution.trainer.devices=2",
+        "execution.trainer.strategy=ddp",
     )
     for args in (one, two):
         done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)

@@ -5,11 +5,9 @@ import json
 import os
 import signal
 import struct
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +19,7 @@ from experiments.runs.run_dir import RunDir
 from experiments.training import loggers
 from experiments.training.loggers import Loggers, make_loggers
 
-from .conftest import Series, StandIn, approx, of_tensorboard, wanted
+from .conftest import Series, approx, of_tensorboard, wanted
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "tensorboard": {},
@@ -31,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def start(run: RunDir, name: str) -> Loggers:
-    made = make_loggers(OmegaConf.create({"logger": {name: SETTINGS[name]}}), run)
+    made = make_loggers(OmegaConf.create({"execution": {"logger": {name: SETTINGS[name]}}}), run)
     assert made is not None
     return made
 
@@ -110,20 +108,11 @@ def killed(work: Callable[[], None]) -> None:
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 
 
-def in_memory(work: Callable[[], None]) -> None:
-    work()
-
-
-def survives(
-    run: RunDir,
-    name: str,
-    read: Callable[[RunDir], tuple[str, Series]],
-    dies: Callable[[Callable[[], None]], None] = killed,
-) -> None:
-    """Kill it at step 70, go on from step 40, go on once more when done: one run, no repeats."""
-    metrics = MetricsFile(run.path / "metrics.csv")
+def survives(run: RunDir, name: str, read: Callable[[RunDir], tuple[str, Series]]) -> None:
+    """Kill it at step 70, resume from step 40, resume once more when done: one run, no repeats."""
+    metrics = MetricsFile(run.metrics_file)
     metrics.rewind(0)
-    dies(lambda: train(start(run, name), metrics, 10, 70))
+    killed(lambda: train(start(run, name), metrics, 10, 70))
     saved = MetricsFile(metrics.path)
     saved.rewind(40)
     again = start(run, name)
@@ -145,50 +134,21 @@ def test_tensorboard_holds_what_metrics_csv_holds(run: RunDir) -> None:
 
 @pytest.mark.slow
 def test_wandb_offline_is_one_run_in_one_folder(run: RunDir) -> None:
-    pytest.importorskip("wandb", reason="W&B is not installed: pip install -e '.[wandb]'")
     survives(run, "wandb", of_wandb)
     earlier = list((run.path / "wandb" / "superseded").iterdir())
     assert len(earlier) == 2  # nothing of an earlier start is lost, nor found by `wandb sync`
     assert of_wandb(run)[0] == loggers.identity(run)
 
 
-def test_mlflow_goes_on_with_the_run_it_began(run: RunDir, stand_in: type[StandIn]) -> None:
-    survives(run, "mlflow", of_mlflow, dies=in_memory)
-    assert [one.info.status for one in stand_in.runs.values()] == ["FINISHED"]
-
-
 @pytest.mark.slow
-def test_mlflow_itself_goes_on_with_the_run_it_began(run: RunDir) -> None:
-    pytest.importorskip("mlflow", reason="MLflow is not installed: pip install -e '.[mlflow]'")
+def test_mlflow_continues_the_run_it_began(run: RunDir) -> None:
     survives(run, "mlflow", of_mlflow)
 
 
-def test_wandb_online_gets_each_step_once(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Online W&B says how far it came; what it has is not sent again, what it lacks is."""
-    logged: list[int] = []
-    package = ModuleType("wandb")
-    package.__spec__ = importlib.util.spec_from_loader("wandb", None)
-    package.init = lambda **settings: SimpleNamespace(  # type: ignore[attr-defined]
-        step=logged[-1] + 1 if logged else 0,
-        log=lambda values, step: logged.append(step),
-        finish=lambda exit_code: None,
-    )
-    monkeypatch.setitem(sys.modules, "wandb", package)
-    metrics = MetricsFile(run.path / "metrics.csv")
-    metrics.rewind(0)
-    train(start(run, "wandb"), metrics, 10, 50)
-    del logged[-1:]  # the last did not reach it
-    metrics = MetricsFile(metrics.path)
-    metrics.rewind(30)
-    train(start(run, "wandb"), metrics, 40, 70)
-    assert sorted(set(logged)) == [10, 20, 30, 40, 50, 60, 70]
-    assert logged == sorted(logged)
-
-
-def test_a_logger_that_fails_is_told_once_and_caught_up(
+def test_a_logger_that_fails_is_reported_once_and_catches_up(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    metrics = MetricsFile(run.path / "metrics.csv")
+    metrics = MetricsFile(run.metrics_file)
     metrics.rewind(0)
     made = start(run, "tensorboard")
     train(made, metrics, 10, 20)
@@ -199,43 +159,15 @@ def test_a_logger_that_fails_is_told_once_and_caught_up(
     with monkeypatch.context() as patch:
         patch.setattr(TensorBoardLogger, "experiment", property(fails))
         train(made, metrics, 30, 50)
-        patch.setattr(loggers, "RETRY_S", 0.0)
-        made.followers[0].retry_at = -1.0
+        made.retry_at["tensorboard"] = -1.0
         train(made, metrics, 60, 60)
-    made.followers[0].retry_at = -1.0
-    told = capsys.readouterr().err
-    assert told.count("warning: logger tensorboard failed") == 1
-    assert "No space left" in told
-    assert told.count("\n") == 1
-    train(made, metrics, 70, 80)
+    reported = capsys.readouterr().err
+    assert reported.count("warning: logger tensorboard failed") == 1
+    assert reported.count("\n") == 1
+    train(made, metrics, 70, 80)  # not yet retried
     made.finalize("success")
     series = of_tensorboard(run)[1]
     assert {k: v for k, v in series.items() if k in wanted(metrics)} == approx(wanted(metrics))
-
-
-def test_a_failed_logger_is_left_alone_when_the_time_is_up(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tries = []
-
-    class Down(loggers.TensorBoard):
-        def open(self) -> None:
-            tries.append(1)
-            raise ConnectionError("no network")
-
-    monkeypatch.setitem(loggers.SERVICES, "tensorboard", Down)
-    metrics = MetricsFile(run.path / "metrics.csv")
-    metrics.rewind(0)
-    made = start(run, "tensorboard")
-    train(made, metrics, 10, 90)
-    assert len(tries) == 1
-    try:
-        raise SystemExit(75)
-    except SystemExit:
-        made.finalize("failed")
-    assert len(tries) == 1
-    made.finalize("success")
-    assert len(tries) == 2
 
 
 def test_processes_that_log_nothing_make_nothing(run: RunDir) -> None:
@@ -243,20 +175,9 @@ def test_processes_that_log_nothing_make_nothing(run: RunDir) -> None:
     assert {path.name for path in run.path.iterdir()} == {"config.yaml", "manifest.json"}
 
 
-def test_how_a_run_ended(run: RunDir, stand_in: type[StandIn]) -> None:
-    metrics = MetricsFile(run.path / "metrics.csv")
-    metrics.rewind(0)
-    for error, status in ((SystemExit(143), "KILLED"), (ValueError("x"), "FAILED")):
-        made = start(run, "mlflow")
-        train(made, metrics, 10, 10)
-        try:
-            raise error
-        except BaseException:
-            made.finalize("failed")
-        assert [one.info.status for one in stand_in.runs.values()] == [status]
-
-
-def test_unknown_loggers_and_settings_are_refused(run: RunDir) -> None:
+def test_unknown_loggers_and_settings_are_refused(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for nodes, message in (
         ({"neptune": {}}, "logger 'neptune' is unknown"),
         ({"wandb": {"settings": {"base_url": "http://x"}}}, "no setting 'settings'"),
@@ -264,13 +185,8 @@ def test_unknown_loggers_and_settings_are_refused(run: RunDir) -> None:
         ({"tensorboard": {"_target_": "os.system"}}, "no setting '_target_'"),
     ):
         with pytest.raises(ValueError, match=message):
-            make_loggers(OmegaConf.create({"logger": nodes}), run)
-    assert make_loggers(OmegaConf.create({"logger": {}}), run) is None
-
-
-def test_a_package_that_is_missing_is_named_before_training(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+            make_loggers(OmegaConf.create({"execution": {"logger": nodes}}), run)
+    assert make_loggers(OmegaConf.create({"execution": {"logger": {}}}), run) is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[wandb\]'"):
         start(run, "wandb")
