@@ -6,6 +6,8 @@ import glob
 import hashlib
 from pathlib import Path
 
+from experiments.system.files import sha256
+
 WHOLE_UP_TO = 256 << 20  # bytes; larger files are known by samples
 
 
@@ -59,8 +61,7 @@ def content_id(path: Path) -> str:
     """
     stat = path.stat()
     if stat.st_size <= WHOLE_UP_TO:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     return f"{stat.st_size}-{stat.st_mtime_ns}-{sampled_sha256(path, 0, stat.st_size)}"
 
 

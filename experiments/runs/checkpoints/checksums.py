@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+from experiments.system.files import sha256
+
 CHECKSUMS = "checksums.json"
 
 
@@ -17,8 +19,7 @@ def digest(path: Path) -> str:
     if path.is_dir():
         files = [file for file in path.iterdir() if file.is_file()]
         return folder_digest({file.name: digest(file) for file in files})
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 def folder_digest(digests: dict[str, str]) -> str:
@@ -28,10 +29,7 @@ def folder_digest(digests: dict[str, str]) -> str:
 
 
 def known_digests(folder: Path) -> dict[str, list[str]]:
-    """By file name, what a checkpoint folder may hold; of a damaged list nothing, with a warning.
-
-    Runs of earlier versions have no list.
-    """
+    """By file name, what a checkpoint folder may hold; of a damaged list nothing (warned)."""
     path = folder / CHECKSUMS
     try:
         known = json.loads(path.read_text(encoding="utf-8"))

@@ -262,7 +262,7 @@ def test_ranks_share_the_held_out_windows_without_repeats(data: TokenData, world
         ({"micro_batch_size": 3}, 1, "batch_size=8 is not a multiple"),
         ({"micro_batch_size": 0}, 1, "not a multiple"),
         ({"batch_size": 0}, 1, "not a multiple"),
-        ({}, 3, "execution.micro_batch_size=2 x 3 devices"),
+        ({}, 3, "micro_batch_size=2 x 3 devices"),
     ],
 )
 def test_sizes_that_do_not_fit_are_one_line(
