@@ -10,10 +10,18 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from experiments.config.checks import Flag, Number, OneOf, Optional, Rule, check_values
 from experiments.config.entry import as_typed, entry
 from experiments.config.identity import plain
 
-DTYPES = ("float32", "bfloat16", "float16")
+RULES: dict[str, Rule] = {
+    "ctx_len": Optional(Number(1, whole=True)),
+    "training_tokens": Optional(Number(1, whole=True)),
+    "dtype": OneOf(None, "float32", "bfloat16", "float16"),
+    "checkpoint": OneOf("last", "best"),
+    "rescaled": OneOf(None, True, False),
+    "check": Flag(),
+}
 ENDINGS = (".pth", ".safetensors")
 PATHS = ("source", "target", "tokenizer_file")
 OF_IMPORT = ("tokenizer_file", "ctx_len", "training_tokens", "rescaled")
@@ -25,7 +33,7 @@ def convert(settings: dict[str, Any]) -> None:
     Raises:
         FileNotFoundError, ValueError: for what is wrong with them, or with the files they name.
     """
-    check_settings(settings)
+    check_values(settings, RULES)
     source, target = (Path(str(settings.pop(key))).expanduser() for key in ("source", "target"))
     if not source.exists():
         raise FileNotFoundError(f"there is no source={source}")
@@ -43,32 +51,14 @@ def convert(settings: dict[str, Any]) -> None:
     if is_run:
         for key in OF_IMPORT:
             if settings.pop(key) is not None:
-                raise ValueError(f"{key}= is for checkpoints from outside: {source} is a run")
+                raise ValueError(f"{key}= is for external checkpoints: {source} is a run")
         export_checkpoint(source, target, **settings)
         return
     if settings.pop("checkpoint") != "last":
-        raise ValueError(f"checkpoint= is for runs: {source} is from outside and has only one")
+        raise ValueError(f"checkpoint= is for runs: {source} is external and has only one")
     if settings["tokenizer_file"] is not None:
         settings["tokenizer_file"] = Path(str(settings["tokenizer_file"])).expanduser()
     import_checkpoint(source, target, **settings)
-
-
-def check_settings(settings: dict[str, Any]) -> None:
-    """Raise ValueError for a value that no conversion can have."""
-    for key in ("ctx_len", "training_tokens"):
-        value = settings[key]
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{key} is {value!r}: it must be a whole number above 0")
-    choices = {
-        "dtype": (None, *DTYPES),
-        "checkpoint": ("last", "best"),
-        "rescaled": (None, True, False),
-        "check": (True, False),
-    }
-    for key, allowed in choices.items():
-        if settings[key] not in allowed:
-            shown = ", ".join("null" if v is None else str(v).lower() for v in allowed)
-            raise ValueError(f"{key} is {settings[key]!r}: choose {shown}")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import models
+from models.formats import Format
 from models.language_model import LanguageModel
 
 
@@ -23,12 +24,14 @@ class Family:
         label: as tables, figures and messages call it.
         model: its class.
         toy: makes a model of a few thousand parameters, for self-tests.
+        formats: those of its external checkpoints.
     """
 
     name: str
     label: str
     model: type[LanguageModel]
     toy: Callable[[], LanguageModel]
+    formats: tuple[Format, ...] = ()
 
 
 @cache
@@ -41,3 +44,8 @@ def families() -> dict[str, Family]:
             if family is not None:
                 found[family.name] = family
     return dict(sorted(found.items()))
+
+
+def formats() -> dict[str, tuple[Family, Format]]:
+    """Every external checkpoint format, by name, and the family whose models it holds."""
+    return {one.name: (family, one) for family in families().values() for one in family.formats}

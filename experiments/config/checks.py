@@ -51,7 +51,14 @@ class OneOf:
         self.values = values
 
     def fault(self, value: Any) -> str:
-        return "" if value in self.values else f"one of {', '.join(map(str, self.values))}"
+        # by kind too: 1 is not true
+        if any(value == one and type(value) is type(one) for one in self.values):
+            return ""
+        shown = (
+            "null" if v is None else str(v).lower() if isinstance(v, bool) else str(v)
+            for v in self.values
+        )
+        return f"one of {', '.join(shown)}"
 
 
 class Flag:

@@ -1,4 +1,4 @@
-"""Checkpoints in and out: an outside file becomes a run directory, a run an outside file.
+"""Checkpoints in and out: an external file becomes a run directory, a run an external file.
 
 What is written is made under a temporary name beside the target, checked against the library it is
 from or for, and renamed.
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from experiments.config.targets import make
@@ -22,16 +21,16 @@ from experiments.conversion.weights_file import (
     new_target,
     read_json,
     read_source,
-    sha256,
     write_weights,
 )
 from experiments.data.tokenizer import END_OF_TEXT, JsonTokenizer, Tokenizer, read_tokenizer
-from experiments.runs.run_dir import RunDir, open_external
+from experiments.runs.run_dir import RunDir, open_external, yaml_of
 from experiments.runs.trained_model import model_weights
-from experiments.system.files import write_json, write_text
-from models import convert
+from experiments.system.files import sha256, write_json, write_text
+from models.families import families, formats
+from models.formats import DTYPES, Format, same_dtype
 from models.language_model import LanguageModel, count_parameters
-from models.rwkv4 import rescale
+from models.sizing import build_empty
 
 CTX_LEN = 1024  # what the released RWKV-4 files were first trained at; a `.pth` does not say
 
@@ -46,7 +45,7 @@ def import_checkpoint(
     rescaled: bool | None = None,
     check: bool = True,
 ) -> None:
-    """Make the run directory `target` of a checkpoint from outside (keys: conf/convert.yaml).
+    """Make the run directory `target` of an external checkpoint (keys: conf/convert.yaml).
 
     Raises:
         FileNotFoundError, ValueError: if the source cannot be read or represented, with the reason,
@@ -63,7 +62,7 @@ def import_checkpoint(
     converted = {
         "format": found.kind,
         "file": source.resolve().name,
-        "sha256": sha256(found.files),
+        "sha256": {file.name: sha256(file) for file in found.files},
         "training_tokens": training_tokens,
     }
     manifest = {"suite": suite, "model": name, "name": "/".join(parts)}
@@ -76,7 +75,7 @@ def import_checkpoint(
         "paths": {"runs": "runs"},
     }
     with new_target(target, is_file=False) as folder:
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+        write_text(folder / "config.yaml", yaml_of(config))
         write_json(folder / "manifest.json", manifest)
         if described is not None:
             write_text(folder / "tokenizer.json", described.to_json() + "\n")
@@ -84,7 +83,7 @@ def import_checkpoint(
         state = {"state_dict": {f"model.{key}": value for key, value in kept.items()}}
         torch.save(state, folder / "checkpoints" / "last.ckpt")
         if check:
-            compare(model, weights, found.kind, source, folder, rescaled is True)
+            compare(model, weights, formats()[found.kind][1], source, folder, rescaled is True)
         write_json(folder / "result.json", {"converted": True})
     print(f"{target}: {summary(model, kept)}")
     if described is None:
@@ -114,68 +113,38 @@ def represent(
     Raises:
         ValueError: if tensors or settings are not those of a model of ours.
     """
-    kind = source.kind
+    family, form = formats()[source.kind]
     tensors: dict[str, Tensor] = {}
     for name, value in source.tensors.items():
-        plain = convert.file_name(name, kind)
+        plain = form.file_name(name)
         if plain in tensors:
             raise ValueError(f"tensor {plain} is there twice, once as {name}")
         if plain is not None:
             tensors[plain] = value
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-    sizes = convert.infer_sizes(shapes, kind)
-    settings: dict[str, Any] = {"ctx_len": CTX_LEN}
-    if kind.startswith("hf_"):
-        settings = convert.hf_settings(source.config, sizes, kind)
+    sizes = form.infer_sizes(shapes)
+    settings: dict[str, Any] = {"ctx_len": CTX_LEN, **form.settings(source.config, sizes)}
     if ctx_len is not None:
         settings["ctx_len"] = ctx_len
-    model = convert.empty_model(sizes | settings, kind)
-    names = convert.match(shapes, model, kind)
+    model = build_empty(family.model, sizes | settings)
+    names = form.match(shapes, model)
     ours = model.state_dict()
-    weights = {name: tensors[theirs].reshape(ours[name].shape) for name, theirs in names.items()}
-    every = rescale.halving_period(source.config) if kind == "hf_rwkv" else 0
-    if every > 0:
-        weights = whole(weights, every, rescaled)
-    elif rescaled is not None:
-        raise ValueError(
-            f"rescaled= is for a Hugging Face RWKV with rescale_every above 0: {kind} here has none"
-        )
-    cls = convert.FAMILIES[kind]
-    return weights, model, {"_target_": f"{cls.__module__}.{cls.__name__}", **sizes, **settings}
-
-
-def whole(weights: dict[str, Tensor], every: int, rescaled: bool | None) -> dict[str, Tensor]:
-    """The weights as they were trained, where Hugging Face's RWKV may have been saved divided.
-
-    Raises:
-        ValueError: if they look divided and the user has not said whether they are.
-    """
-    if rescaled is None:
-        step = rescale.step_height(weights, every)
-        if step is not None and step < rescale.SUSPICIOUS:
-            raise ValueError(
-                f"attention.output and feed_forward.value fall by 2^{step:.2f} every {every} "
-                "layers, as if the folder was saved after the model had run in inference mode, "
-                "which halves them: say rescaled=true to multiply them back, or rescaled=false to "
-                "take them as they are"
-            )
-    if not rescaled:
-        return weights
-    shifts = {name: rescale.shift(name, every) for name in weights}
-    # only what is to change is copied into memory
-    return {name: w * 2 ** shifts[name] if shifts[name] else w for name, w in weights.items()}
+    weights = {name: tensors[given].reshape(ours[name].shape) for name, given in names.items()}
+    weights = form.restore(source.config, weights, rescaled)
+    target = f"{family.model.__module__}.{family.model.__name__}"
+    return weights, model, {"_target_": target, **sizes, **settings}
 
 
 def checked_values(weights: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
     """The weights in `dtype` (None: as they are), all of them finite.
 
     Raises:
-        ValueError: naming the first tensor that holds a NaN or an infinity, or a foreign dtype.
+        ValueError: naming the first tensor that holds a NaN or an infinity, or an unknown dtype.
     """
-    convert.same_dtype(weights.values())
+    same_dtype(weights.values())
     kept = {}
     for name, value in weights.items():
-        kept[name] = value if dtype is None else value.to(convert.DTYPES[dtype])
+        kept[name] = value if dtype is None else value.to(DTYPES[dtype])
         # a NaN anywhere makes the extremes NaN; asking each value takes 50 times as long
         if not all(extreme.isfinite() for extreme in torch.aminmax(kept[name])):
             raise ValueError(f"tensor {name} holds NaN or infinity (as {kept[name].dtype})")
@@ -231,42 +200,48 @@ def export_checkpoint(
     path = run.checkpoint(checkpoint)
     with torch.device("meta"):
         model = make(run.config.model.net, LanguageModel)
-    kinds = {cls: kind for kind, cls in convert.FAMILIES.items() if kind.startswith("hf_")}
-    if type(model) not in kinds:
-        raise ValueError(f"{source} is a {type(model).__name__}, which no format is for")
-    kind = kinds[type(model)]
-    if target.suffix in (".pth", ".safetensors"):
-        if kind == "hf_gpt_neox":
-            raise ValueError(
-                f"{target.suffix} is a format of RWKV: a GPT is exported to a folder (target=DIR)"
-            )
-        kind = "rwkv_pth" if target.suffix == ".pth" else "rwkv_safetensors"
+    form = format_of(model, target, source)
     loaded = load_pickle(path)
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds no model weights")
     weights = model_weights(loaded, path)
-    ours = convert.match({k: v.shape for k, v in weights.items()}, model, "rwkv_pth")
-    weights = checked_values({name: weights[name] for name in ours}, dtype)
-    tensors = {convert.outside_name(name, kind): value for name, value in weights.items()}
-    with new_target(target, is_file=not kind.startswith("hf_")) as made:
-        if kind.startswith("hf_"):
-            write_folder(made, run, model, tensors)
-        else:
+    weights = checked_values({name: weights[name] for name in model.state_dict()}, dtype)
+    tensors = {form.external_name(name): value for name, value in weights.items()}
+    with new_target(target, is_file=bool(form.suffix)) as made:
+        if form.suffix:
             write_weights(made, tensors)
+        else:
+            write_folder(made, run, model, form, tensors)
         if check:
-            compare(model, weights, kind, made, made.parent)
+            compare(model, weights, form, made, made.parent)
     print(f"{target}: {summary(model, weights)}")
 
 
+def format_of(model: LanguageModel, target: Path, source: Path) -> Format:
+    """The format of a model's family that a target's ending asks for.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    family = families()[model.family]
+    suffix = target.suffix if target.suffix in (".pth", ".safetensors") else ""
+    for form in family.formats:
+        if form.suffix == suffix:
+            return form
+    if not family.formats:
+        raise ValueError(f"{source} is a {family.label}, which no external format is for")
+    raise ValueError(f"a {family.label} has no {suffix} files: it is exported to a folder")
+
+
 def write_folder(
-    folder: Path, run: RunDir, model: LanguageModel, tensors: dict[str, Tensor]
+    folder: Path, run: RunDir, model: LanguageModel, form: Format, tensors: dict[str, Tensor]
 ) -> None:
     """config.json, model.safetensors and, of a `json` tokenizer, Hugging Face's three files."""
     file = run.tokenizer_file
     tokenizer = Tokenizer.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
     eot_id = 0 if tokenizer is None else tokenizer.eot_id
-    dtype = convert.same_dtype(tensors.values())
-    write_json(folder / "config.json", convert.hf_config(model, eot_id, dtype))
+    assert form.config is not None
+    write_json(folder / "config.json", form.config(model, eot_id, same_dtype(tensors.values())))
     write_weights(folder / "model.safetensors", tensors)
     if not isinstance(tokenizer, JsonTokenizer):
         has = "no" if tokenizer is None else f"a {tokenizer.kind}"
@@ -289,5 +264,5 @@ def summary(model: LanguageModel, weights: dict[str, Tensor]) -> str:
     """What was converted, in one line."""
     return (
         f"{model.family}, {model.n_layer} layers of {model.n_embd}, vocabulary "
-        f"{model.vocab_size}, ctx_len {model.ctx_len}, {convert.same_dtype(weights.values())}"
+        f"{model.vocab_size}, ctx_len {model.ctx_len}, {same_dtype(weights.values())}"
     )

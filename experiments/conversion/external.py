@@ -1,6 +1,6 @@
 """Our logits against those of the other libraries: transformers, and the `rwkv` package.
 
-They read the files themselves, in float32 on the CPU. One model is in memory at a time.
+Those libraries read the files themselves, in float32 on the CPU. One model is in memory at a time.
 """
 
 import copy
@@ -10,13 +10,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiments.conversion.weights_file import read_json, read_pickle, read_safetensors
-from models import convert
+from experiments.conversion.weights_file import read_pickle, read_safetensors
+from models.formats import Format
 from models.language_model import LanguageModel
 
 N_CHECKED = 128  # tokens that both libraries are run on
@@ -27,47 +26,42 @@ RWKV_ENVIRONMENT = {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
 RWKV_UNSET = ("RWKV_V7_ON", "RWKV_DML_ON", "RWKV_RESCALE_LAYER")
 
 
-def library(kind: str) -> str:
-    """The library that reads a format."""
-    return "transformers" if kind.startswith("hf_") else "rwkv"
-
-
 def compare(
     model: LanguageModel,
     weights: Mapping[str, Tensor],
-    kind: str,
+    form: Format,
     path: Path,
     scratch: Path,
     divided: bool = False,
 ) -> None:
     """Print how far the other library's logits of `path` are from ours, at the same random tokens.
 
-    Ours are those of `model` with `weights`, in float32; theirs of the files in `path`. `scratch`
-    is a folder for a copy. A library that is not installed is said so, and nothing is compared.
+    Ours are those of `model` with `weights`, in float32; the others of the files in `path`, read in
+    a format. `scratch` is a folder for a copy. A library that is not installed is said so, and nothing is compared.
 
     Raises:
         ValueError: if they differ by more than `TOLERANCE` of the largest logit.
     """
     try:
-        name = f"{library(kind)} {importlib.metadata.version(library(kind))}"
+        name = f"{form.library} {importlib.metadata.version(form.library)}"
     except importlib.metadata.PackageNotFoundError:
-        print(f"not checked against {library(kind)}, which is not installed")
+        print(f"not checked against {form.library}, which is not installed")
         return
     n = N_CHECKED if model.max_ctx is None else min(N_CHECKED, model.max_ctx)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.vocab_size, (n,), generator=generator)
     ours = our_logits(model, weights, ids)
     try:
-        if kind.startswith("hf_"):
-            theirs = hugging_face_logits(path, ids, divided)
+        if form.library == "transformers":
+            others = hugging_face_logits(path, ids, form, divided)
         else:
-            theirs = rwkv_logits(path, scratch, ids)
+            others = rwkv_logits(path, scratch, ids, form)
     except Exception as error:  # of all kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(
             f"{name} cannot run {path} ({reason}); check=false does without this check"
         ) from None
-    worst, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    worst, largest = (ours - others).abs().max().item(), others.abs().max().item()
     print(
         f"{name}: largest difference of logits {worst:.1e}, largest logit {largest:.3g}, "
         f"at {n} random tokens"
@@ -88,39 +82,32 @@ def our_logits(model: LanguageModel, weights: Mapping[str, Tensor], ids: Tensor)
 
 
 @torch.no_grad()
-def hugging_face_logits(folder: Path, ids: Tensor, divided: bool = False) -> Tensor:
-    """Logits (T, V) float32 of a folder's RWKV or GPT-NeoX at ids (T).
+def hugging_face_logits(folder: Path, ids: Tensor, form: Format, divided: bool = False) -> Tensor:
+    """Logits (T, V) float32 of the model in a folder at ids (T).
 
     `divided`: an RWKV's matrices lie in the folder as its inference mode holds them.
     """
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, RwkvConfig, RwkvForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    is_rwkv = read_json(folder / "config.json")["model_type"] == "rwkv"
-    classes: Any = (RwkvConfig, RwkvForCausalLM) if is_rwkv else (GPTNeoXConfig, GPTNeoXForCausalLM)
-    config = classes[0].from_pretrained(folder, local_files_only=True)
-    if is_rwkv and not divided:
-        config.rescale_every = 0  # or it would halve as it runs, exact but for its norms' epsilon
-    model = classes[1].from_pretrained(
-        folder, config=config, dtype=torch.float32, local_files_only=True
-    )
-    model.eval()
-    if divided:
-        model.rwkv.layers_are_rescaled = True
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    ).eval()
+    form.before_check(model, divided)
     return model(ids[None]).logits[0].float()
 
 
-def rwkv_logits(path: Path, scratch: Path, ids: Tensor) -> Tensor:
+def rwkv_logits(path: Path, scratch: Path, ids: Tensor, form: Format) -> Tensor:
     """Logits (T, V) float32 of the `rwkv` package at ids (T), of a `.pth` or `.safetensors` file.
 
     The package reads `.pth` alone, and norms the embedding in the dtype it finds it in; a file that
     is of another kind, or not float32, goes through a copy in `scratch` whose embedding is widened.
     """
     tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    plain = {str(convert.file_name(name, "rwkv_pth")): value for name, value in tensors.items()}
-    wide = all(value.dtype == torch.float32 for value in plain.values())
-    if path.suffix == ".pth" and wide and plain.keys() == tensors.keys():
+    plain = {str(form.file_name(name)): value for name, value in tensors.items()}
+    all_float32 = all(value.dtype == torch.float32 for value in plain.values())
+    if path.suffix == ".pth" and all_float32 and plain.keys() == tensors.keys():
         return _rwkv_logits(path, ids)
     for name in plain:
         if name.startswith(("emb.", "blocks.0.ln0.")):

@@ -1,9 +1,8 @@
-"""Files of weights from outside, read as data: tensors by name, memory-mapped, no code of theirs.
+"""External files of weights, read as data: tensors by name, memory-mapped, none of their code.
 
 Every way in which such a file can be bad raises a ValueError (or FileNotFoundError) of one line.
 """
 
-import hashlib
 import json
 import os
 import pickle
@@ -22,14 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.convert import MODEL_TYPES
+from models.families import formats
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")  # in a folder, in order of preference
-LARGE = 8 << 20  # bytes read at a time
 
 
 class Source(NamedTuple):
-    """A checkpoint from outside: format, files of weights, tensors in them, config.json if any."""
+    """An external checkpoint: format, files of weights, tensors in them, config.json if any."""
 
     kind: str
     files: list[Path]
@@ -48,10 +46,10 @@ def read_source(path: Path) -> Source:
         return _read_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no source={path}")
-    if path.suffix == ".safetensors":
-        return Source("rwkv_safetensors", [path], read_safetensors(path), {})
-    if path.suffix == ".pth":
-        return Source("rwkv_pth", [path], read_pickle(path), {})
+    for name, (_, form) in formats().items():
+        if path.suffix and path.suffix == form.suffix:
+            read = read_safetensors if path.suffix == ".safetensors" else read_pickle
+            return Source(name, [path], read(path), {})
     raise ValueError(f"source={path} is no .pth file, no .safetensors file and no folder")
 
 
@@ -98,11 +96,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_folder(path: Path) -> Source:
     config = read_json(path / "config.json")
-    kind = MODEL_TYPES.get(str(config.get("model_type")))
+    types = {form.model_type: name for name, (_, form) in formats().items() if form.model_type}
+    kind = types.get(str(config.get("model_type")))
     if kind is None:
         raise ValueError(
             f"{path / 'config.json'} has model_type={config.get('model_type')!r}: "
-            f"{' and '.join(MODEL_TYPES)} can be read"
+            f"{' and '.join(sorted(types))} can be read"
         )
     files = _weight_files(path)
     tensors: dict[str, Tensor] = {}
@@ -145,16 +144,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object")
     return content
-
-
-def sha256(files: list[Path]) -> str:
-    """Hex digest of the files' bytes, one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            while block := file.read(LARGE):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
