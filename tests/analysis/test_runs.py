@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-
 from analysis.benchmarks import benchmark_scores
+
 from analysis.evaluations import load_scores
 from analysis.generation import crossing, mean_generation
 from analysis.runs import load_curves, load_runs
