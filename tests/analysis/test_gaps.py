@@ -104,7 +104,7 @@ def test_exponent_difference_of_equal_sizes_is_the_regression_of_the_ratio() -> 
 
 def test_a_study_with_a_budget_per_size(tmp_path: Path) -> None:
     write_study(tmp_path, {"rwkv4": (7.0, 0.1), "gpt": (9.0, 0.08)})
-    study = load_study(tmp_path / "study")
+    study = load_study(tmp_path / "study", "gpt")
     pairs = tables.matched_pairs(study)
     heads, rows = pairs.texts()
     told = dict(zip(heads, rows[0], strict=True))
@@ -125,17 +125,10 @@ def test_a_study_with_a_budget_per_size(tmp_path: Path) -> None:
     assert pairs.frame["percent"].to_numpy() == pytest.approx(percent, abs=0.5)
 
 
-def test_equal_budgets_are_not_said_to_differ(tmp_path: Path) -> None:
-    for model in ("rwkv4_nano", "gpt_nano"):
-        planted.write_run(tmp_path, "study", model)
-    notes = loss_gap(load_study(tmp_path / "study")).notes
-    assert not any("budgets differ" in note for note in notes)
-
-
 def test_exponents_are_of_the_sizes_that_both_have(tmp_path: Path) -> None:
     """A law that bends has another exponent over another range: half-finished sides are cut."""
     write_study(tmp_path, {"rwkv4": (7.0, 0.1), "gpt": (9.0, 0.1)}, noise=0.0)
-    study = load_study(tmp_path / "study")
+    study = load_study(tmp_path / "study", "gpt")
     runs = study.runs
     runs.loc[runs["model"].str.endswith(("_d", "_e")), "val/bpb"] *= 1.3
     unfinished = runs["model"].isin(["gpt_d", "gpt_e"])
@@ -145,9 +138,9 @@ def test_exponents_are_of_the_sizes_that_both_have(tmp_path: Path) -> None:
     assert (row["b"], row["difference"]) == pytest.approx((0.1, 0.0))
 
 
-def test_the_largest_size_is_foretold_or_not(tmp_path: Path) -> None:
+def test_the_largest_size_is_predicted_or_not(tmp_path: Path) -> None:
     write_study(tmp_path, {"rwkv4": (7.0, 0.1), "gpt": (9.0, 0.08)})
-    study = load_study(tmp_path / "study")
+    study = load_study(tmp_path / "study", "gpt")
     largest = study.runs["model"] == "gpt_e"
     study.runs.loc[largest, "val/bpb"] *= 1.2  # the GPT's law bends
     rows = held_out_size(study).frame.set_index(["family", "x"])
@@ -163,7 +156,7 @@ def test_the_largest_size_is_foretold_or_not(tmp_path: Path) -> None:
 
 def test_the_gap_figure_says_which_side_is_better(tmp_path: Path) -> None:
     write_study(tmp_path, {"rwkv4": (7.0, 0.1), "gpt": (9.0, 0.08)})
-    plot = loss_gap(load_study(tmp_path / "study"))
+    plot = loss_gap(load_study(tmp_path / "study", "gpt"))
     left, right = plot.figure.axes
     assert left.get_ylabel() == "gap (bits/byte)"
     assert right.get_ylabel() == "gap (% of the GPT's loss)"
@@ -179,7 +172,7 @@ def test_the_gap_figure_says_which_side_is_better(tmp_path: Path) -> None:
 def test_two_sizes_and_one_seed_make_a_gap_without_claims(tmp_path: Path) -> None:
     for model in ("rwkv4_nano", "gpt_nano", "rwkv4_tiny", "gpt_tiny"):
         planted.write_run(tmp_path, "study", model)
-    study = load_study(tmp_path / "study")
+    study = load_study(tmp_path / "study", "gpt")
     plot = loss_gap(study)
     assert not any("Straight line" in note or "Bars" in note for note in plot.notes)
     assert any("one seed: no interval" in note for note in plot.notes)
@@ -188,13 +181,3 @@ def test_two_sizes_and_one_seed_make_a_gap_without_claims(tmp_path: Path) -> Non
     for table in (exponents, held_out_size):
         with pytest.raises(NothingToShowError, match="no family has"):
             table(study)
-
-
-def test_a_size_that_a_larger_one_overtakes_is_named(tmp_path: Path) -> None:
-    """At the FLOPs of all of nano's tokens micro has seen a fifth of its own, at 3.9 bits."""
-    planted.write_run(tmp_path, "study", "rwkv4_nano", bpb=4.5)
-    planted.write_run(tmp_path, "study", "rwkv4_micro", bpb=0.1)
-    planted.write_run(tmp_path, "study", "rwkv4_tiny", bpb=2.0)
-    notes = plots.loss_against_compute(load_study(tmp_path / "study")).notes
-    (said,) = [note for note in notes if "lower already" in note]
-    assert "where these end: rwkv4_nano (rwkv4_micro)." in said

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from analysis import benchmarks, report, style
-from analysis.generation import generation_cost
-from analysis.published import published_gap
-from analysis.study import NothingToShowError, load_study
+from analysis import report, zero_shot
+from analysis.study import load_study
 
 planted = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted.py"))))
 
@@ -28,8 +26,8 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_suite_of_converted_runs_makes_a_report(official: Path) -> None:
     contents = dict(OmegaConf.load(report.CONF / "report" / "default.yaml").contents)
-    del contents["benchmarks_by_parameters"]  # drawn below; two such grids take seconds to write
-    index, text = report.build("official", official.parent, contents, allow_mixed=False)
+    del contents["zero_shot_by_parameters"]  # drawn below; two such grids take seconds to write
+    index, text = report.build("official", official.parent, contents, "gpt")
     absent = {line.split(": ")[1] for line in text.splitlines() if line.startswith("not shown")}
     assert absent == {
         "scaling", "matched_pairs", "loss_gap", "scaling_fits", "exponents", "held_out_size",
@@ -40,34 +38,6 @@ def test_a_suite_of_converted_runs_makes_a_report(official: Path) -> None:
         assert (index.with_name(f"{name}.png").exists()) != (index.with_name(f"{name}.md").exists())
 
 
-def test_a_row_carries_how_it_was_scored(official: Path) -> None:
-    study = load_study(official)
-    scores = benchmarks.benchmark_scores(study)
-    assert len(scores.frame) == 12 * 8
-    assert scores.frame["subset"].all()
-    assert "2510 (subset)" in scores.markdown()
-    carried = ["score", "stderr", "metric", "protocol/lm_eval", "protocol/version", "weights"]
-    carried += ["protocol/prefix", "protocol/dtype", "n_documents", "subset"]
-    assert scores.frame[carried].notna().all(axis=None)
-    table = generation_cost(study)
-    assert "at 64 tokens already" in table.markdown()  # a smaller state, at all that was measured
-    cost = table.frame.set_index("model")
-    assert cost.loc["rwkv4_169m/official", "matched_gpt"] == "pythia_160m/official"
-    assert published_gap(study).frame["documents"].str.endswith("(subset)").all()
-
-
-def test_converted_runs_have_no_losses_and_their_own_flops(tmp_path: Path) -> None:
-    planted.write_converted(tmp_path, "demo", "rwkv4_169m", "a")
-    planted.write_converted(tmp_path, "demo", "rwkv4_169m", "b", tokens=None)
-    study = load_study(tmp_path / "demo")
-    assert set(study.runs["status"]) == {"converted"}
-    runs = study.runs.set_index("model")
-    assert runs.loc["rwkv4_169m/a", "flops"] == 784_802_304 * 300_000_000_000
-    assert np.isnan(runs.loc["rwkv4_169m/b", "flops"])
-    with pytest.raises(NothingToShowError, match="all are converted"):
-        _ = study.trained
-
-
 def test_trained_and_converted_runs_stand_together(tmp_path: Path) -> None:
     """Another context, data and budget are no reason; another protocol is."""
     planted.write_run(tmp_path, model="rwkv4_nano")
@@ -75,24 +45,14 @@ def test_trained_and_converted_runs_stand_together(tmp_path: Path) -> None:
     outside = planted.write_converted(tmp_path, "demo", "rwkv4_169m")
     for run in tmp_path.glob("demo/*/*"):
         planted.write_eval(run, "piqa", {"acc,none": 0.6, "acc_stderr,none": 0.01}, subset=False)
-    study = load_study(tmp_path / "demo")
+    study = load_study(tmp_path / "demo", "gpt")
     assert len(study.trained) == 2
-    scores = benchmarks.benchmark_scores(study).frame
+    scores = zero_shot.zero_shot_scores(study).frame
     assert len(scores[scores["task"] == "piqa"]) == 3
     assert scores["n_runs"].eq(1).all()
     planted.write_eval(outside, "piqa", {"acc,none": 0.6}, prefix="newline", subset=False)
     with pytest.raises(ValueError, match=r"differ in prefix of piqa: none .* against newline"):
-        load_study(tmp_path / "demo")
-
-
-def test_damaged_converted_runs_are_left_out(tmp_path: Path) -> None:
-    planted.write_converted(tmp_path, "demo", "rwkv4_169m")
-    broken = planted.write_converted(tmp_path, "demo", "rwkv4_430m")
-    manifest = json.loads((broken / "manifest.json").read_text())
-    planted.write_json(broken / "manifest.json", manifest | {"flops_per_token": None})
-    study = load_study(tmp_path / "demo")
-    assert study.runs["model"].tolist() == ["rwkv4_169m/official"]
-    assert "flops_per_token=None" in study.left_out["reason"].iloc[0]
+        load_study(tmp_path / "demo", "gpt")
 
 
 def test_the_window_counts_only_where_a_task_reads_through_one(tmp_path: Path) -> None:
@@ -105,10 +65,10 @@ def test_the_window_counts_only_where_a_task_reads_through_one(tmp_path: Path) -
             content["config"][task]["output_type"] = output
             planted.write_json(file, content)
     with pytest.raises(ValueError, match="differ in rolling_ctx of wikitext"):
-        load_study(tmp_path / "demo")
+        load_study(tmp_path / "demo", "gpt")
     for run in runs:
         (run / "eval" / "wikitext.json").unlink()
-    rows = benchmarks.benchmark_scores(load_study(tmp_path / "demo")).markdown().splitlines()
+    rows = zero_shot.zero_shot_scores(load_study(tmp_path / "demo", "gpt")).markdown().splitlines()
     assert [("window" in r) for r in rows if "| piqa" in r] == [False, False]
 
 
@@ -119,7 +79,7 @@ def test_headlines_and_their_direction(tmp_path: Path) -> None:
         planted.write_eval(run, task, both)
     planted.write_eval(run, "record", {"f1,none": 0.7, "em,none": 0.6})
     planted.write_eval(run, "wikitext", {"word_perplexity,none": 30.0, "bits_per_byte,none": 1.0})
-    scores = load_study(tmp_path / "demo").scores
+    scores = load_study(tmp_path / "demo", "gpt").scores
     headlines = scores[scores["headline"]].set_index("task")
     assert headlines["metric"].to_dict() == {
         "hellaswag": "acc_norm,none", "piqa": "acc,none", "record": "em,none",
@@ -137,7 +97,7 @@ def test_the_mean_is_over_tasks_that_all_models_have(tmp_path: Path) -> None:
         run = planted.write_converted(tmp_path, "demo", model)
         for task, score in scores.items():
             planted.write_eval(run, task, {"acc,none": score, "acc_stderr,none": 0.03})
-    plot = benchmarks.benchmarks_mean(load_study(tmp_path / "demo"))
+    plot = zero_shot.zero_shot_mean(load_study(tmp_path / "demo", "gpt"))
     axes = plot.figure.axes[0]
     lines = {bars.get_label(): bars.lines[0] for bars in axes.containers}
     assert lines["RWKV-4"].get_ydata() == pytest.approx([0.65])
@@ -149,8 +109,8 @@ def test_the_mean_is_over_tasks_that_all_models_have(tmp_path: Path) -> None:
 
 
 def test_panels_come_in_the_papers_order(official: Path) -> None:
-    study = load_study(official)
-    plot = benchmarks.benchmarks_by_parameters(study)
+    study = load_study(official, "gpt")
+    plot = zero_shot.zero_shot_by_parameters(study)
     titles = [axes.get_title(loc="left") for axes in plot.figure.axes]
     assert titles == [
         "ARC-Challenge", "ARC-Easy", "BoolQ", "COPA", "HeadQA", "HellaSwag", "LAMBADA",
@@ -161,16 +121,3 @@ def test_panels_come_in_the_papers_order(official: Path) -> None:
         "RWKV-4", "Pythia v0", "Pythia v1", "GPT-Neo", "OPT", "BLOOM",
     }  # fmt: skip
     assert any("EleutherAI/pythia; RWKV paper v1" in note for note in plot.notes)
-
-
-def test_labels_keep_their_distance() -> None:
-    _, (axes,) = style.new_figure("title", "subtitle")
-    axes.plot([1, 10], [0, 1])
-    ends = [(0.99, 10.0, "a"), (1.0, 10.0, "b"), (1.0, 9.0, "c"), (0.02, 8.0, "d")]
-    style.log_axis(axes, "x", 1, 20, str)
-    style.labels_at_ends(axes, ends)
-    low, high = axes.get_ylim()
-    heights = sorted((text.xyann[1] - low) / (high - low) for text in axes.texts)
-    assert np.diff(heights).min() > 0.0599
-    assert 0 <= heights[0] < heights[-1] <= 1
-    assert len({text.xyann[0] for text in axes.texts}) == 1
