@@ -117,21 +117,6 @@ def test_better_asks_for_the_seeds_too(tmp_path: Path, swing: float, better: str
     assert told["over seeds"] == f"[{interval.low:+.4f}, {interval.high:+.4f}] (3)"
 
 
-def test_the_mean_over_tasks_has_its_own_interval_over_seeds(tmp_path: Path) -> None:
-    """Tasks that swing against each other: their mean is steady over the seeds."""
-    for seed, swing in enumerate((-0.1, 0.0, 0.1)):
-        for model, base in (("rwkv4_nano", 0.7), ("gpt_nano", 0.5)):
-            run = planted.write_run(tmp_path, model=model, seed=seed)
-            for task, sign in (("piqa", 1), ("sciq", -1)):
-                n = round(200 * (base + sign * swing * (model != "gpt_nano") + 0.01 * seed))
-                planted.write_scored_documents(run, task, "acc", [1] * n + [0] * (200 - n))
-    rows = comparisons(load_study(tmp_path / "demo", "gpt")).frame.set_index("task")
-    assert rows.loc["piqa", "seeds_low"] < 0
-    mean = rows.loc[MEAN]
-    assert (mean["seeds_low"], mean["seeds_high"]) == pytest.approx((0.2, 0.2))
-    assert mean["n_seeds"] == 3
-
-
 def _other_hash(run: Path) -> None:
     planted.write_documents(run, "piqa", "acc", [1, 0, 1, 0], protocol_hash="dead")
 

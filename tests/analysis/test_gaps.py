@@ -125,19 +125,6 @@ def test_a_study_with_a_budget_per_size(tmp_path: Path) -> None:
     assert pairs.frame["percent"].to_numpy() == pytest.approx(percent, abs=0.5)
 
 
-def test_exponents_are_of_the_sizes_that_both_have(tmp_path: Path) -> None:
-    """A law that bends has another exponent over another range: half-finished sides are cut."""
-    write_study(tmp_path, {"rwkv4": (7.0, 0.1), "gpt": (9.0, 0.1)}, noise=0.0)
-    study = load_study(tmp_path / "study", "gpt")
-    runs = study.runs
-    runs.loc[runs["model"].str.endswith(("_d", "_e")), "val/bpb"] *= 1.3
-    unfinished = runs["model"].isin(["gpt_d", "gpt_e"])
-    table = exponents(replace(study, runs=runs[~unfinished]))
-    row = table.frame.set_index("x").loc["non-embedding parameters"]
-    assert row["n_sizes"] == 3
-    assert (row["b"], row["difference"]) == pytest.approx((0.1, 0.0))
-
-
 def test_the_largest_size_is_predicted_or_not(tmp_path: Path) -> None:
     write_study(tmp_path, {"rwkv4": (7.0, 0.1), "gpt": (9.0, 0.08)})
     study = load_study(tmp_path / "study", "gpt")
@@ -169,15 +156,3 @@ def test_the_gap_figure_says_which_side_is_better(tmp_path: Path) -> None:
     assert any("says nothing about larger ones" in note for note in plot.notes)
 
 
-def test_two_sizes_and_one_seed_make_a_gap_without_claims(tmp_path: Path) -> None:
-    for model in ("rwkv4_nano", "gpt_nano", "rwkv4_tiny", "gpt_tiny"):
-        planted.write_run(tmp_path, "study", model)
-    study = load_study(tmp_path / "study", "gpt")
-    plot = loss_gap(study)
-    assert not any("Straight line" in note or "Bars" in note for note in plot.notes)
-    assert any("one seed: no interval" in note for note in plot.notes)
-    (bars,) = [c for c in plot.figure.axes[0].containers if c.has_yerr]
-    assert not any(map(len, bars.lines[2][0].get_segments()))  # none, not one of no length
-    for table in (exponents, held_out_size):
-        with pytest.raises(NothingToShowError, match="no family has"):
-            table(study)
