@@ -77,7 +77,9 @@ def write_run(
     }  # fmt: skip
     manifest = {
         "suite": suite, "model": model, "family": family, "name": f"{suite}/{model}/{tag}",
-        "family_label": LABELS.get(family, family), "seed": seed, "config_hash": f"{seed:x}", "created": "2026-01-01T00:00:00",
+        "family_label": LABELS.get(family, family), "seed": seed,
+
+        "config_hash": f"{seed:x}", "created": "2026-01-01T00:00:00",
         "data": about_data | (data or {}),
         "parameters": {"total": total, "non_embedding": non_embedding},
         "n_layer": n_layer, "n_embd": n_embd, "ctx_len": 256, "batch_size": 16,

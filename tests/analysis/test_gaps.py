@@ -1,7 +1,6 @@
 """The gap against size and the laws compared: closed forms, simulated coverage, planted studies."""
 
 import runpy
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ from analysis import plots, tables
 from analysis.exponents import exponents, held_out_size
 from analysis.gaps import gap_trend, loss_gap
 from analysis.scaling import exponent_difference, fit_power_law
-from analysis.study import NothingToShowError, load_study
+from analysis.study import load_study
 
 planted = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted.py"))))
 SIZES = np.array([2.75e4, 1.62e5, 3.63e5, 8.58e5, 2.89e6])
@@ -154,5 +153,3 @@ def test_the_gap_figure_says_which_side_is_better(tmp_path: Path) -> None:
             "above 0: GPT is better", "below 0: RWKV-4 is better",
         ]  # fmt: skip
     assert any("says nothing about larger ones" in note for note in plot.notes)
-
-

@@ -9,6 +9,7 @@ import pytest
 
 from analysis.learning_rates import learning_rate_search, learning_rates, optimum
 from analysis.study import NothingToShowError, load_study
+from experiments.runs.freezing import searched_rate
 
 planted = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted.py"))))
 RATES = (0.001, 0.002, 0.004, 0.008, 0.016)
@@ -89,3 +90,13 @@ def test_what_is_no_search_over_rates_is_not_shown(tmp_path: Path) -> None:
         planted.write_run(tmp_path, "search", overrides=other)
     with pytest.raises(NothingToShowError, match="rwkv4_nano differ in more than"):
         learning_rate_search(load_study(tmp_path / "search", "gpt"))
+
+
+def test_the_best_rate_is_the_one_that_training_reads(tmp_path: Path) -> None:
+    for rate, losses in ((0.001, (2.0, 3.0)), (0.002, (2.4, 2.4)), (0.004, (2.5, 2.5))):
+        for seed, bpb in enumerate(losses):
+            override = f"optim.peak_lr={rate}"
+            planted.write_run(tmp_path, "search", seed=seed, bpb=bpb, overrides=override)
+    (row,) = learning_rate_search(load_study(tmp_path / "search", "gpt")).frame.to_dict("records")
+    assert (row["peak_lr"], row["loss"], row["n_runs"]) == (0.002, 2.4, 6)
+    assert searched_rate(tmp_path / "search", "rwkv4_nano") == 0.002

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from analysis.published import load_published, published_gap, published_lines
+from analysis.published import load_published, published_gap
 from analysis.study import load_study
 
 planted = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted.py"))))
@@ -63,19 +63,6 @@ def test_published_rows_are_whole_and_name_their_source() -> None:
     tuned = frame.loc[frame["model"].str.contains("tuned at"), "model"].unique()
     assert set(tuned) == {"RWKV-4 3B, tuned at ctx 4096", "RWKV-4 14B, tuned at ctx 8192"}
     assert frame.loc[frame["model"].isin(tuned), "training_tokens"].isna().all()
-
-
-def test_published_lines_are_of_one_metric_and_the_sizes_asked_for() -> None:
-    lines = published_lines("parameters", 1e8, 3e9, {"arc_challenge": "acc_norm", "piqa": "acc"})
-    assert set(lines["family"]) == {"RWKV-4", "Pythia v0", "Pythia v1", "GPT-Neo", "OPT", "BLOOM"}
-    assert lines["parameters"].between(1e8, 3e9).all()
-    assert set(lines.groupby("task")["metric"].unique().map(list).map(tuple)) == {
-        ("acc_norm",), ("acc",),
-    }  # fmt: skip
-    assert not lines.duplicated(["family", "parameters", "task"]).any()
-    assert published_lines("parameters", 1e4, 1e6, {"piqa": "acc"}).empty
-    by_flops = published_lines("flops", 0, np.inf, {"piqa": "acc"})
-    assert set(by_flops["family"]) == {"RWKV-4", "Pythia v0", "Pythia v1"}
 
 
 def test_the_gap_to_what_was_published(tmp_path: Path) -> None:

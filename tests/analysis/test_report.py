@@ -13,8 +13,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from analysis import plots, report, style, tables
-from analysis.study import load_study
+from analysis import report, style
 
 planted = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted.py"))))
 CONTENTS = dict(OmegaConf.load(report.CONF / "report" / "default.yaml").contents)

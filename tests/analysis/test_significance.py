@@ -55,18 +55,6 @@ def test_bootstrap_is_scipys() -> None:
     assert bootstrap([of(first - second)]) == pytest.approx(tuple(theirs), abs=0.004)
 
 
-def test_bootstrap_of_a_mean_over_tasks_weighs_tasks_alike() -> None:
-    rng = np.random.default_rng(0)
-    small, large = rng.normal(0.3, 1, 100), rng.normal(0.0, 1, 900)
-    low, high = bootstrap([of(small), of(large)])
-    error = np.sqrt(small.var() / 100 + large.var() / 900) / 2
-    middle = (small.mean() + large.mean()) / 2
-    assert (low, high) == pytest.approx((middle - 1.96 * error, middle + 1.96 * error), abs=0.006)
-    assert np.isnan(bootstrap([of([0.0, 0.0]), of([0.0])])).all()
-    weights = np.array([1.0, 3.0])
-    assert bootstrap([of([0.5, 0.5], weights)]) == pytest.approx((0.5, 0.5))
-
-
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])

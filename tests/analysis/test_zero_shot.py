@@ -1,6 +1,5 @@
 """Tables and figures of scores, converted runs among them, from planted runs."""
 
-import json
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,23 +52,6 @@ def test_trained_and_converted_runs_stand_together(tmp_path: Path) -> None:
     planted.write_eval(outside, "piqa", {"acc,none": 0.6}, prefix="newline", subset=False)
     with pytest.raises(ValueError, match=r"differ in prefix of piqa: none .* against newline"):
         load_study(tmp_path / "demo", "gpt")
-
-
-def test_the_window_counts_only_where_a_task_reads_through_one(tmp_path: Path) -> None:
-    runs = [planted.write_run(tmp_path, model=m) for m in ("rwkv4_nano", "gpt_nano")]
-    for task, output in (("piqa", "multiple_choice"), ("wikitext", "loglikelihood_rolling")):
-        for run, window in zip(runs, (1024, 2048), strict=True):
-            planted.write_eval(run, task, {"acc,none": 0.5}, rolling_ctx=window)
-            file = run / "eval" / f"{task}.json"
-            content = json.loads(file.read_text())
-            content["config"][task]["output_type"] = output
-            planted.write_json(file, content)
-    with pytest.raises(ValueError, match="differ in rolling_ctx of wikitext"):
-        load_study(tmp_path / "demo", "gpt")
-    for run in runs:
-        (run / "eval" / "wikitext.json").unlink()
-    rows = zero_shot.zero_shot_scores(load_study(tmp_path / "demo", "gpt")).markdown().splitlines()
-    assert [("window" in r) for r in rows if "| piqa" in r] == [False, False]
 
 
 def test_headlines_and_their_direction(tmp_path: Path) -> None:
