@@ -99,7 +99,7 @@ def held_out_size(study: Study) -> Table:
             lambda r: f"{100 * (r['measured'] / r['predicted'] - 1):+.2f} %",
         ),
         Column("within the band", "inside", lambda inside: "yes" if inside else "no"),
-        Column("note", "note", fmt.note),
+        Column("note", "note", fmt.text),
     ]
     note = (
         f"Loss in {losses.unit}. The largest size of a family is left out, a x^-b is fitted to the "

@@ -87,12 +87,7 @@ def plus_minus(x: float, error: float, write: Callable[[float], str]) -> str:
 
 def text(value: object) -> str:
     """A value as it is, or a dash for none."""
-    return MISSING if value is None or value != value else str(value)
-
-
-def note(value: str) -> str:
-    """A remark, or a dash for none."""
-    return value or MISSING
+    return MISSING if value in {None, ""} or value != value else str(value)
 
 
 def threads(n: float) -> str:

@@ -88,7 +88,7 @@ def learning_rate_search(study: Study) -> Table:
         Column("next higher", "higher_by", _worse),
         Column("parabola", _bottom),
         Column("runs", "n_runs"),
-        Column("note", "note", fmt.note),
+        Column("note", "note", fmt.text),
     ]
     notes = [
         "Best: the lowest final val/loss, averaged over seeds; `optim=searched "

@@ -18,45 +18,22 @@ MIN_SIZES_BAND = 4
 
 def loss_curves(study: Study) -> Plot:
     """Validation loss against training tokens: one line a model (mean over seeds, range shaded)."""
-    return _curves(study, "tokens", "training tokens", fmt.short)[0]
+    return _curves(study, "tokens", "training tokens", fmt.short)
 
 
 def loss_against_compute(study: Study) -> Plot:
     """The same against training FLOPs: which size is lowest at which compute."""
-    plot, means = _curves(study, "flops", "training FLOPs", fmt.power_of_ten)
+    plot = _curves(study, "flops", "training FLOPs", fmt.power_of_ten)
     plot.notes.append(
         "Marks: the ends of runs. The lowest line at some FLOPs tells which size would be best "
         "there, but only marks are losses of that budget: on the way the learning rate is still "
         "high, and a run that ends there would be lower than a line that passes."
     )
-    if overtaken := _overtaken(means, "flops"):
-        plot.notes.append(
-            f"A larger size of the family is lower already where these end: {', '.join(overtaken)}."
-            " The same FLOPs were better spent on that size and fewer tokens."
-        )
     return plot
 
 
-def _overtaken(means: pd.DataFrame, x: str) -> list[str]:
-    """The models whose end lies above the line of a larger one of their family, and that one."""
-    found = []
-    for _, family in groups(means.sort_values(x), "family"):
-        logs = {m: np.log(line[[x, "mean"]].to_numpy()).T for m, line in groups(family, "model")}
-        sizes = dict(zip(family["model"], family["parameters/total"], strict=True))
-        for model, (xs, ys) in logs.items():
-            for other, (at, losses) in logs.items():
-                covers = sizes[other] > sizes[model] and at[0] <= xs[-1] <= at[-1]
-                if covers and np.interp(xs[-1], at, losses) < ys[-1]:
-                    found.append(f"{model} ({other})")
-                    break
-    return found
-
-
 @rc_context(style.STYLE)
-def _curves(
-    study: Study, x: str, name: str, write: Callable[[float], str]
-) -> tuple[Plot, pd.DataFrame]:
-    """The figure, and the mean losses that it draws."""
+def _curves(study: Study, x: str, name: str, write: Callable[[float], str]) -> Plot:
     losses, families = study.losses, study.families
     runs, loss = losses.runs, losses.column
     curves = study.curves.merge(runs[["run", "flops_per_token"]], on="run")
@@ -82,7 +59,7 @@ def _curves(
     axes.legend(
         loc="center left", bbox_to_anchor=(1.01, 0.5), ncols=1 + (runs["model"].nunique() > 16)
     )
-    return Plot(title, figure, losses.notes), means
+    return Plot(title, figure, losses.notes)
 
 
 @rc_context(style.STYLE)

@@ -9,15 +9,16 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hydra
 from hydra.errors import HydraException
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-if TYPE_CHECKING:  # pandas and matplotlib load after the settings have been read
-    from analysis.study import Study
+from analysis.study import NothingToShowError, Study, load_study
+from analysis.style import DPI, Plot
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PIXELS_PER_INCH = 116  # on the page, so that text is of one size in all figures
@@ -50,9 +51,6 @@ def build(
         there = f"there are: {', '.join(known)}" if known else "nothing has been trained there"
         raise FileNotFoundError(f"no suite {suite!r} in {runs_dir}/ ({there})")
     functions = {name: find_target(name, target) for name, target in contents.items()}
-
-    from analysis.study import load_study
-
     study = load_study(folder, reference, allow_mixed)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as temporary:
         new = Path(temporary, "report")
@@ -64,12 +62,7 @@ def build(
     return folder / "report" / "index.html", text
 
 
-def _write(
-    folder: Path, suite: str, study: "Study", functions: dict[str, Callable[..., Any]]
-) -> str:
-    from analysis.study import NothingToShowError
-    from analysis.style import DPI, Plot
-
+def _write(folder: Path, suite: str, study: Study, functions: dict[str, Callable[..., Any]]) -> str:
     sections, absent, texts = [], [], []
     for name, function in functions.items():
         try:
@@ -94,9 +87,7 @@ def _write(
     return "\n".join([*texts, *(f"not shown: {line}" for line in absent)])
 
 
-def _html(suite: str, study: "Study", sections: list[dict[str, Any]], absent: list[str]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+def _html(suite: str, study: Study, sections: list[dict[str, Any]], absent: list[str]) -> str:
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     return environment.get_template("report.html.j2").render(

@@ -65,14 +65,7 @@ def new_figure(
 
 @dataclass(frozen=True)
 class Grid:
-    """A figure of panels of one kind.
-
-    Attributes:
-        panels: one for each thing drawn, in reading order.
-        spare: the empty places at the end.
-        bottom: the panels with none below them.
-        columns: panels in a row.
-    """
+    """A figure of panels of one kind, in reading order, and the empty places at its end."""
 
     figure: Figure
     panels: list[Axes]

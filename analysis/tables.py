@@ -120,7 +120,7 @@ def scaling_fits(study: Study) -> Table:
         Column("c", "c", lambda c: fmt.fixed(c) if c else fmt.MISSING),
         Column("R²", "r2", fmt.fixed4),
         Column("sizes (runs)", lambda r: f"{r['n_sizes']} ({r['n_runs']})"),
-        Column("note", "note", fmt.note),
+        Column("note", "note", fmt.text),
     ]
     note = (
         f"Loss in {losses.unit}. Least squares in log-log over size means (seeds averaged first); "

@@ -61,14 +61,6 @@ PARAMETERS = XAxis("parameters/total", "parameters", "parameters (total)", "para
 FLOPS = XAxis("flops", "flops", "training FLOPs", "training FLOPs", fmt.power_of_ten)
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """Published lines about as large as ours, and limits of an axis that holds all."""
-
-    lines: pd.DataFrame
-    limits: tuple[float, float]
-
-
 def zero_shot_scores(study: Study) -> Table:
     """Zero-shot scores per task, metric and model, averaged over seeds."""
     _, scores, notes = study.scored()
@@ -128,13 +120,13 @@ def zero_shot_mean(study: Study) -> Plot:
     metrics = dict(zip(frame["task"], frame["metric"], strict=True))
     xs = [x for x in (PARAMETERS, FLOPS) if means[x.key].notna().any()]
     near = [_neighbours(means, x, metrics, mean_of=len(tasks)) for x in xs]
-    published = pd.concat([each.lines for each in near])
+    published = pd.concat([lines for lines, _ in near])
     title = f"{study.families.names(means)}: mean accuracy over {len(tasks)} zero-shot tasks"
     about = "bars: one standard error over documents" + PUBLISHED_SAID * (len(published) > 0)
     figure, panels = style.new_figure(title, about, columns=len(xs), width=1 + 4.6 * len(xs))
-    for axes, x, neighbours in zip(panels, xs, near, strict=True):
+    for axes, x, (lines, limits) in zip(panels, xs, near, strict=True):
         _our_lines(axes, means, x, study.families)
-        _published_lines(axes, x, neighbours.lines, neighbours.limits)
+        _published_lines(axes, x, lines, limits)
         axes.set_xlabel(x.label)
     panels[0].set_ylabel("mean accuracy")
     panels[0].legend(loc="upper left")
@@ -154,11 +146,11 @@ def _by_task(study: Study, x: XAxis) -> Plot:
     if known.empty:
         raise NothingToShowError("the tokens that converted models were trained on are not known")
     metrics = dict(zip(known["task"], known["metric"], strict=True))
-    near = _neighbours(known, x, metrics)
+    published, limits = _neighbours(known, x, metrics)
     tasks = _ordered(known["task"])
     title = f"{study.families.names(known)}: zero-shot scores against {x.title}"
     about = "mean over seeds; bars: one standard error over documents; dashed: chance"
-    about += PUBLISHED_SAID * (len(near.lines) > 0)
+    about += PUBLISHED_SAID * (len(published) > 0)
     grid = style.new_grid(
         title, about, len(tasks), columns=4 if len(tasks) > 4 else 3, panel_width=3.4, min_width=6.4
     )
@@ -168,7 +160,7 @@ def _by_task(study: Study, x: XAxis) -> Plot:
         chance = group["chance"].iloc[0]
         if np.isfinite(chance):
             axes.axhline(chance, color=style.MUTED, ls="--", lw=1.2)
-        _published_lines(axes, x, near.lines[near.lines["task"] == task], near.limits)
+        _published_lines(axes, x, published[published["task"] == task], limits)
         style.title_panel(axes, TASKS.get(task, task))
         axes.set_ylabel(metrics[task].replace("_", " "))
     for axes in grid.bottom:
@@ -178,7 +170,7 @@ def _by_task(study: Study, x: XAxis) -> Plot:
         grid.figure.legend(*first.get_legend_handles_labels(), loc="upper right", ncols=4)
     else:
         first.legend(loc="best")
-    notes += [*_unknown_flops(frame), *_sources(near.lines, metrics)]
+    notes += [*_unknown_flops(frame), *_sources(published, metrics)]
     return Plot(title, grid.figure, notes)
 
 
@@ -207,8 +199,9 @@ def _mean_over_tasks(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _neighbours(
     frame: pd.DataFrame, x: XAxis, metrics: dict[str, str], mean_of: int = 0
-) -> Neighbours:
-    """With `mean_of`, of the published sizes that have so many tasks the mean over them."""
+) -> tuple[pd.DataFrame, tuple[float, float]]:
+    """Published lines about as large as ours, and limits of an axis that holds all; with `mean_of`,
+    of the sizes that have so many tasks the mean over them."""
     low, high = style.margins(frame[x.key].dropna(), 0.08)
     lines = published_lines(x.published, low / NEAR, high * NEAR, metrics)
     if mean_of:
@@ -218,7 +211,7 @@ def _neighbours(
         sizes = lines[x.published]
         low, high = min(low, sizes.min() / 1.2), max(high, sizes.max() * 1.2)
         high *= (high / low) ** 0.25  # room for the labels
-    return Neighbours(lines, (low, high))
+    return lines, (low, high)
 
 
 def _our_lines(axes: Axes, frame: pd.DataFrame, x: XAxis, families: Families) -> None:
