@@ -15,7 +15,7 @@ from analysis.evaluations import SHARES, document_values, load_documents
 from analysis.matching import TOLERANCE_SAID, seed_gap
 from analysis.significance import RESAMPLES, Differences, bootstrap, holm, mcnemar, sign_flip
 from analysis.study import NothingToShowError, Study, groups, protocol_columns
-from analysis.table import Column, Table
+from analysis.table import Column, Table, interval_column, pair_column
 
 LOGARITHMS = ("perplexity", "byte_perplexity", "word_perplexity")
 MEAN = "mean over tasks"
@@ -92,13 +92,8 @@ def _columns(frame: pd.DataFrame, label: str) -> list[Column]:
         Column("task", "task"),
         Column("metric", "metric"),
         Column("docs", lambda r: fmt.documents(r["n_documents"], r["subset"])),
-        Column(
-            "scores", lambda r: f"{fmt.number(r['score'])} / {fmt.number(r['reference/score'])}"
-        ),
-        Column(
-            "difference [95 % interval]",
-            lambda r: fmt.interval(r["difference"], r["low"], r["high"], 4, "+"),
-        ),
+        pair_column("scores", "score", fmt.number),
+        interval_column("difference [95 % interval]", "difference", "low", "high", 4, "+"),
         *several,
         Column("only one right", _discordant),
         Column("test", "test"),

@@ -7,7 +7,7 @@ from analysis import formats as fmt
 from analysis import scaling
 from analysis.families import Families
 from analysis.study import NothingToShowError, Study, budget_notes, groups
-from analysis.table import Column, Table
+from analysis.table import Column, Table, interval_column
 from analysis.tables import X_NAMES
 
 MIN_SIZES = 3  # of a fit with an interval
@@ -43,10 +43,7 @@ def exponents(study: Study) -> Table:
         Column("x", "x"),
         Column("b", "b", fmt.fixed),
         Column(f"b of the {families.reference_label}", "reference/b", fmt.fixed),
-        Column(
-            "difference [95 % interval]",
-            lambda r: fmt.interval(r["difference"], r["low"], r["high"], 3, "+"),
-        ),
+        interval_column("difference [95 % interval]", "difference", "low", "high", 3, "+"),
         Column("matched sizes", "n_sizes"),
         Column("falls faster with x", lambda r: _faster(r, families)),
     ]
@@ -86,10 +83,7 @@ def held_out_size(study: Study) -> Table:
         Column("held out", "model"),
         Column("x", "x"),
         Column("fitted to", "n_sizes", "{} smaller sizes".format),
-        Column(
-            "predicted [95 % band]",
-            lambda r: fmt.interval(r["predicted"], r["low"], r["high"], 4),
-        ),
+        interval_column("predicted [95 % band]", "predicted", "low", "high", 4),
         Column(
             "measured",
             lambda r: f"{r['measured']:.4f} ({r['n_runs']} run{'s' * (r['n_runs'] > 1)})",

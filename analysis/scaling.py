@@ -59,20 +59,17 @@ class PowerLaw:
 
 
 def fit_power_law(x: npt.ArrayLike, y: npt.ArrayLike, irreducible: bool = False) -> PowerLaw:
-    """Least squares in log y over distinct sizes x (repeats averaged), c = 0 unless `irreducible`.
+    """Least squares in log y over distinct sizes x (repeats averaged).
 
-    ValueError for fewer than 2 sizes (6 with `irreducible`) and values that are not positive."""
+    Args:
+        x: sizes, (n,), at least 2 distinct ones (6 if `irreducible`).
+        y: losses, (n,).
+        irreducible: fit c too; else it is 0.
+    """
     x, y = np.asarray(x, float), np.asarray(y, float)
-    if not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all()):
-        raise ValueError("a power law needs positive, finite sizes and losses")
     sizes, which = np.unique(x, return_inverse=True)
     n = len(sizes)
-    if n < 2:
-        raise ValueError(f"a power law needs at least 2 sizes, there are {n}")
-    if irreducible and n < MIN_SIZES_IRREDUCIBLE:
-        raise ValueError(
-            f"an irreducible term needs at least {MIN_SIZES_IRREDUCIBLE} sizes, there are {n}"
-        )
+    assert n >= (MIN_SIZES_IRREDUCIBLE if irreducible else 2), f"a power law over {n} sizes"
     log_y = np.bincount(which, np.log(y)) / np.bincount(which)
     log_x = np.log(sizes)
     center = float(log_x.mean())

@@ -7,6 +7,8 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
+from analysis import formats as fmt
+
 
 @dataclass(frozen=True)
 class Column:
@@ -19,6 +21,18 @@ class Column:
     def text(self, row: pd.Series) -> str:
         """The cell of a row."""
         return self.write(row[self.of]) if isinstance(self.of, str) else self.of(row)
+
+
+def interval_column(
+    heading: str, key: str, low: str, high: str, digits: int = 3, sign: str = ""
+) -> Column:
+    """A value and its interval."""
+    return Column(heading, lambda r: fmt.interval(r[key], r[low], r[high], digits, sign))
+
+
+def pair_column(heading: str, key: str, write: Callable[[Any], str]) -> Column:
+    """A value of the model and of its reference."""
+    return Column(heading, lambda r: f"{write(r[key])} / {write(r[f'reference/{key}'])}")
 
 
 @dataclass(frozen=True)

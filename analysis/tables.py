@@ -1,7 +1,5 @@
 """The tables of runs, pairs, fits and speed: each function takes a Study and returns a Table."""
 
-from collections.abc import Callable
-
 import pandas as pd
 
 from analysis import formats as fmt
@@ -9,7 +7,7 @@ from analysis import scaling
 from analysis.matching import TOLERANCE_SAID
 from analysis.runs import CONDITIONS, DEVICE, SIZES, SPEED
 from analysis.study import NothingToShowError, Study, budget_notes, groups
-from analysis.table import Column, Table
+from analysis.table import Column, Table, interval_column, pair_column
 
 X_NAMES = {
     "parameters/total": "total parameters",
@@ -59,25 +57,22 @@ def matched_pairs(study: Study) -> Table:
     columns = [
         Column("model", "model"),
         Column(f"matched {label}", "reference"),
-        _both("parameters", "parameters/total", fmt.short),
-        _both("non-embedding", "parameters/non_embedding", fmt.short),
-        _both("FLOPs/token", "flops_per_token", fmt.flops),
+        pair_column("parameters", "parameters/total", fmt.short),
+        pair_column("non-embedding", "parameters/non_embedding", fmt.short),
+        pair_column("FLOPs/token", "flops_per_token", fmt.flops),
         Column("tokens (per non-emb.)", _tokens),
-        _both(f"val {losses.unit}", "loss", fmt.fixed4),
-        Column(
-            "gap [95 % interval]",
-            lambda r: fmt.interval(r["gap"], r["gap_low"], r["gap_high"], 4, "+"),
-        ),
+        pair_column(f"val {losses.unit}", "loss", fmt.fixed4),
+        interval_column("gap [95 % interval]", "gap", "gap_low", "gap_high", 4, "+"),
         Column("seeds", lambda r: f"{r['n_seeds']}" + (f" ({r['note']})" if r["note"] else "")),
     ]
     if (pairs[["n_variants", "reference/n_variants"]] > 1).any(axis=None):
-        columns.insert(-1, _both("variants tried", "n_variants", str))
+        columns.insert(-1, pair_column("variants tried", "n_variants", str))
         notes.append(
             "Of the variants tried the best is shown, chosen by this same loss: the gap favours "
             "the side with more of them."
         )
     if pairs[["peak_lr", "reference/peak_lr"]].notna().any(axis=None):
-        columns.insert(-3, _both("peak lr", "peak_lr", fmt.rate))
+        columns.insert(-3, pair_column("peak lr", "peak_lr", fmt.rate))
     if (pairs["peak_lr"] != pairs["reference/peak_lr"])[pairs["peak_lr"].notna()].any():
         notes.append(
             "Peak learning rates differ within pairs: each model has the one that its recipe or "
@@ -113,9 +108,7 @@ def scaling_fits(study: Study) -> Table:
         Column("family", "family", study.families.label),
         Column("x", "x"),
         Column("form", "form"),
-        Column(
-            "exponent b [95 % interval]", lambda r: fmt.interval(r["b"], r["b_low"], r["b_high"])
-        ),
+        interval_column("exponent b [95 % interval]", "b", "b_low", "b_high"),
         Column("a", "a", lambda a: f"{a:.4g}"),
         Column("c", "c", lambda c: fmt.fixed(c) if c else fmt.MISSING),
         Column("R²", "r2", fmt.fixed4),
@@ -167,11 +160,6 @@ def left_out(study: Study) -> Table:
         raise NothingToShowError("every run found is in the report")
     columns = [Column(key, key) for key in ("run", "state", "reason")]
     return Table("Left out", study.left_out, columns)
-
-
-def _both(heading: str, key: str, write: Callable[[float], str]) -> Column:
-    """A value of the model and of its reference."""
-    return Column(heading, lambda r: f"{write(r[key])} / {write(r[f'reference/{key}'])}")
 
 
 def _tokens(row: pd.Series) -> str:

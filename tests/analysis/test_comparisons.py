@@ -117,10 +117,6 @@ def test_better_asks_for_the_seeds_too(tmp_path: Path, swing: float, better: str
     assert told["over seeds"] == f"[{interval.low:+.4f}, {interval.high:+.4f}] (3)"
 
 
-def _other_hash(run: Path) -> None:
-    planted.write_documents(run, "piqa", "acc", [1, 0, 1, 0], protocol_hash="dead")
-
-
 def _other_documents(run: Path) -> None:
     file = run / "eval" / "piqa.documents.jsonl"
     file.write_text(file.read_text().replace('"d3"', '"e3"'))
@@ -139,7 +135,6 @@ def _cut(run: Path) -> None:
     ("change", "reason"),
     [
         (lambda run: (run / "eval" / "piqa.documents.jsonl").unlink(), "no eval/piqa.documents"),
-        (_other_hash, "not of the protocol of eval/piqa.json"),
         (_other_documents, r"not the same documents \(4 and 4, 3 in common\)"),
         (_other_values, r"mean acc of its documents is 1.000000, its score 0.500000"),
         (_cut, "piqa.documents.jsonl is damaged"),

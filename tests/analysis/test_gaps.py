@@ -138,18 +138,3 @@ def test_the_largest_size_is_predicted_or_not(tmp_path: Path) -> None:
         1.2, rel=0.02
     )
     assert (held["n_sizes"] == 4).all()
-
-
-def test_the_gap_figure_says_which_side_is_better(tmp_path: Path) -> None:
-    write_study(tmp_path, {"rwkv4": (7.0, 0.1), "gpt": (9.0, 0.08)})
-    plot = loss_gap(load_study(tmp_path / "study", "gpt"))
-    left, right = plot.figure.axes
-    assert left.get_ylabel() == "gap (bits/byte)"
-    assert right.get_ylabel() == "gap (% of the GPT's loss)"
-    for axes in (left, right):
-        low, high = axes.get_ylim()
-        assert low < 0 < high  # the zero line is in view
-        assert [text.get_text() for text in axes.texts] == [
-            "above 0: GPT is better", "below 0: RWKV-4 is better",
-        ]  # fmt: skip
-    assert any("says nothing about larger ones" in note for note in plot.notes)

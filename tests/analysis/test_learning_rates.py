@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from analysis.learning_rates import learning_rate_search, learning_rates, optimum
-from analysis.study import NothingToShowError, load_study
+from analysis.study import load_study
 from experiments.runs.freezing import searched_rate
 
 planted = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted.py"))))
@@ -79,17 +79,6 @@ def test_a_panel_a_size_and_a_ring_a_model(tmp_path: Path) -> None:
     for axes, best in zip(figure.axes, (0.008, 0.004), strict=True):
         rings = [line for line in axes.get_lines() if line.get_markerfacecolor() == "none"]
         assert [list(ring.get_xdata()) for ring in rings] == [[best], [best]]
-
-
-def test_what_is_no_search_over_rates_is_not_shown(tmp_path: Path) -> None:
-    planted.write_run(tmp_path, "search", overrides="optim.peak_lr=0.001")
-    with pytest.raises(NothingToShowError, match="with more than one"):
-        learning_rate_search(load_study(tmp_path / "search", "gpt"))
-    for rate in (0.001, 0.002):
-        other = f"optim.peak_lr={rate},optim.weight_decay=0"
-        planted.write_run(tmp_path, "search", overrides=other)
-    with pytest.raises(NothingToShowError, match="rwkv4_nano differ in more than"):
-        learning_rate_search(load_study(tmp_path / "search", "gpt"))
 
 
 def test_the_best_rate_is_the_one_that_training_reads(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from analysis import report, style
+from analysis import report
 
 planted = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted.py"))))
 CONTENTS = dict(OmegaConf.load(report.CONF / "report" / "default.yaml").contents)
@@ -167,13 +167,3 @@ def test_every_suite_yaml_names_functions_that_exist() -> None:
         for name, target in (OmegaConf.load(path).get("contents") or {}).items():
             if target is not None:
                 report.find_target(name, target)
-
-
-@pytest.mark.parametrize("low", [1.7, 4e4, 3e11])
-@pytest.mark.parametrize("ratio", [1.2, 3.0, 30.0, 1e3, 1e7])
-def test_log_axes_have_few_ticks_within_their_range(low: float, ratio: float) -> None:
-    ticks = style.log_ticks(low, low * ratio)
-    assert 3 <= len(ticks) <= 9
-    assert all(low <= tick <= low * ratio for tick in ticks)
-    assert ticks == sorted(ticks)
-    assert 2 <= len(style.binary_ticks(64, 64 * max(ratio, 2))) <= 8

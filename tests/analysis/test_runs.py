@@ -28,12 +28,9 @@ def test_every_state_of_a_run_is_noted_apart(tmp_path: Path) -> None:
     (failed / "error.txt").write_text("loss is NaN at step 7\n\nTraceback\n  ...\n")
     cut = planted.write_run(tmp_path, seed=3)
     (cut / "manifest.json").write_text('{"suite": "de')
-    odd = planted.write_run(tmp_path, seed=4)
-    result = json.loads((odd / "result.json").read_text())
-    (odd / "result.json").write_text(json.dumps(result | {"val/loss": None}))
-    frozen = tmp_path / "demo" / "rwkv4_nano" / "seed=5"
+    frozen = tmp_path / "demo" / "rwkv4_nano" / "seed=4"
     frozen.mkdir()
-    (frozen / "config.yaml").write_text("seed: 5\n")
+    (frozen / "config.yaml").write_text("seed: 4\n")
     planted.write_json(tmp_path / "demo" / "report" / "result.json", {})  # no run
 
     runs = load_runs(tmp_path / "demo")
@@ -41,14 +38,13 @@ def test_every_state_of_a_run_is_noted_apart(tmp_path: Path) -> None:
     assert seen[0] == (State.DONE, "")
     assert seen[1] == (State.INTERRUPTED, "no result.json (or still running); reached step 40")
     assert seen[2] == (State.FAILED, "loss is NaN at step 7")
-    assert seen[3][0] == seen[4][0] == State.DAMAGED
+    assert seen[3][0] == State.DAMAGED
     assert "manifest.json is not JSON" in seen[3][1]
-    assert "val/loss=None" in seen[4][1]
-    assert seen[5] == (State.WAITING, "training has not begun")
+    assert seen[4] == (State.WAITING, "training has not begun")
 
     study = load_study(tmp_path / "demo", "gpt")
     assert list(study.runs["seed"]) == [0]
-    assert len(study.left_out) == 5
+    assert len(study.left_out) == 4
 
 
 def test_states_are_those_of_the_experiments() -> None:
@@ -60,16 +56,13 @@ def test_damaged_metric_rows_are_skipped_and_noted(tmp_path: Path) -> None:
     with (run / "metrics.csv").open("a") as file:
         file.write("40,123,nonsen\x00\n50,1333333,9.0,,,,1.0,1.5,,,\n60,16")
     other = planted.write_run(tmp_path, seed=1)
-    (other / "metrics.csv").write_text("a,b\n1,2\n")
-    empty = planted.write_run(tmp_path, seed=2)
-    (empty / "metrics.csv").write_text("")
+    (other / "metrics.csv").write_text("")
     curves, problems = load_curves(load_runs(tmp_path))
     assert set(curves["run"]) == {"demo/rwkv4_nano/seed=0"}
     assert 1.5 in set(curves["val/bpb"])
     noted = dict(problems)
     assert "damaged rows skipped" in noted["demo/rwkv4_nano/seed=0"]
-    assert "not the list of columns" in noted["demo/rwkv4_nano/seed=1"]
-    assert "metrics.csv" in noted["demo/rwkv4_nano/seed=2"]
+    assert "metrics.csv" in noted["demo/rwkv4_nano/seed=1"]
 
 
 def test_mean_scores_do_not_shrink_the_error_over_documents(tmp_path: Path) -> None:
@@ -188,23 +181,6 @@ def test_repeats_are_seeds_only(tmp_path: Path) -> None:
     assert list(kept["val/bpb"]) == [2.7, 2.7]
     assert list(kept["n_variants"]) == [2, 2]
     assert notes == ["rwkv4_nano: best of 2 variants by val/bpb: optim.lr=0.002."]
-
-
-@pytest.mark.parametrize(
-    ("about", "name"),
-    [
-        ({"precision": "bf16-mixed"}, "bf16-mixed"),
-        ({"recipe": {"optim": "own", "schedule": "shared"}}, "own"),
-    ],
-)
-def test_runs_of_another_precision_or_recipe_are_no_repeats(
-    tmp_path: Path, about: dict, name: str
-) -> None:
-    planted.write_run(tmp_path, seed=0, bpb=2.9)
-    planted.write_run(tmp_path, seed=1, bpb=2.7, about=about)
-    kept, notes = best_variants(load_study(tmp_path / "demo", "gpt").runs)
-    assert list(kept["val/bpb"]) == [2.7]
-    assert notes == [f"rwkv4_nano: best of 2 variants by val/bpb: no overrides, {name}."]
 
 
 def test_crossing_is_where_a_model_becomes_cheaper_for_good() -> None:
