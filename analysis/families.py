@@ -45,7 +45,7 @@ class Families:
         return f"{', '.join(names)} and {last}" if names else last
 
     def color(self, family: str) -> str:
-        """The first colour for the reference, the others in the order of the families' names."""
+        """The first colour for the reference, the others by their names, the last name first."""
         return self._style(family)[0]
 
     def marker(self, family: str) -> str:
@@ -66,5 +66,5 @@ class Families:
         return red, green, blue
 
     def _style(self, family: str) -> tuple[str, str]:
-        others = sorted(set(self.labels) - {self.reference})
+        others = sorted(set(self.labels) - {self.reference}, reverse=True)
         return PALETTE[[self.reference, *others].index(family) % len(PALETTE)]

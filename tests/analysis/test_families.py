@@ -22,7 +22,7 @@ def test_labels_come_from_manifests_and_colours_from_the_palette() -> None:
     two = Families.of(runs[:2], OmegaConf.load(report.CONF / "report.yaml").reference)
     assert (two.color("gpt"), two.color("rwkv4")) == ("#D55E00", "#0072B2")
     assert (two.marker("gpt"), two.marker("rwkv4")) == ("s", "o")
-    styles = [(families.color(f), families.marker(f)) for f in ("gpt", "mamba", "rwkv4")]
+    styles = [(families.color(f), families.marker(f)) for f in ("gpt", "rwkv4", "mamba")]
     assert styles == list(PALETTE[:3])
 
 
