@@ -64,7 +64,9 @@ def published_gap(study: Study) -> Table:
     on = (["task", "metric"], ["published/task", "published/metric"])
     pairs = scores.merge(published, left_on=on[0], right_on=on[1])
     families = zip(pairs["family"], pairs["published/family"], strict=True)
-    same = [theirs in SAME_FAMILY.get(ours, ()) for ours, theirs in families]
+    same = [
+        published_family in SAME_FAMILY.get(family, ()) for family, published_family in families
+    ]
     size = (pairs["published/parameters"] / pairs["parameters/total"] - 1).abs()
     pairs = pairs[np.array(same, bool) & (size <= SIZE_TOLERANCE)].reset_index(drop=True)
     if pairs.empty:

@@ -45,7 +45,8 @@ Problems = list[tuple[str, str]]  # (run, reason) of what could not be read
 
 
 class State(StrEnum):
-    """What a run directory stands for: a mirror of `experiments.runs.state.State`."""
+    """What a run directory stands for: a mirror of `experiments.runs.state.State`. Files alone do
+    not say whether a run is queued or held by a process: here it is waiting or interrupted."""
 
     DONE = "done"
     RUNNING = "running"
@@ -163,7 +164,8 @@ def _unfinished(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).exists():
         return {"state": State.WAITING, "reason": "training has not begun"}
     try:
-        reached = f"reached step {_read_metrics(folder / METRICS)[0]['step'].max():.0f}"
+        steps = _read_metrics(folder / METRICS)[0]["step"]
+        reached = f"reached step {steps.max():.0f}" if len(steps) else "no metrics yet"
     except BROKEN:
         reached = f"no readable {METRICS}"
     return {"state": State.INTERRUPTED, "reason": f"no {RESULT} (or still running); {reached}"}

@@ -29,14 +29,8 @@ class NothingToShowError(Exception):
 
 @dataclass(frozen=True)
 class Losses:
-    """Trained runs whose losses may be compared.
-
-    Attributes:
-        runs: of each model the best variant only.
-        column: the column to compare: bits per byte where all runs have it, else nats per token.
-        unit: its unit.
-        notes: which variants were chosen.
-    """
+    """Trained runs whose losses may be compared, of each model the best variant only (`notes` says
+    which), and the column to compare: bits per byte where all have it, else nats per token."""
 
     runs: pd.DataFrame
     column: str

@@ -112,9 +112,9 @@ def test_better_asks_for_the_seeds_too(tmp_path: Path, swing: float, better: str
     interval = stats.ttest_1samp(differences, 0).confidence_interval()
     assert (row["seeds_low"], row["seeds_high"]) == pytest.approx(tuple(interval))
     heads, rows = table.texts()
-    told = dict(zip(heads, rows[at], strict=True))
-    assert told["better"] == better
-    assert told["over seeds"] == f"[{interval.low:+.4f}, {interval.high:+.4f}] (3)"
+    cells = dict(zip(heads, rows[at], strict=True))
+    assert cells["better"] == better
+    assert cells["over seeds"] == f"[{interval.low:+.4f}, {interval.high:+.4f}] (3)"
 
 
 def _other_documents(run: Path) -> None:
@@ -147,15 +147,15 @@ def _cut(run: Path) -> None:
 def test_what_cannot_be_compared_is_left_out_with_the_reason(
     tmp_path: Path, change: Callable[[Path], None], reason: str
 ) -> None:
-    _, theirs = pair_of(tmp_path, [1, 1, 0, 0], [1, 0, 1, 0])
-    change(theirs)
+    _, others = pair_of(tmp_path, [1, 1, 0, 0], [1, 0, 1, 0])
+    change(others)
     with pytest.raises(NothingToShowError, match=reason):
         comparisons(load_study(tmp_path / "demo", "gpt"))
 
 
 def test_documents_in_another_order_or_twice_are_matched(tmp_path: Path) -> None:
-    _, theirs = pair_of(tmp_path, [1, 1, 0, 0], [1, 0, 1, 0])
-    file = theirs / "eval" / "piqa.documents.jsonl"
+    _, others = pair_of(tmp_path, [1, 1, 0, 0], [1, 0, 1, 0])
+    file = others / "eval" / "piqa.documents.jsonl"
     head, *rows = file.read_text().splitlines()
     file.write_text("\n".join([head, *reversed(rows)]) + "\n")
     (row,) = comparisons(load_study(tmp_path / "demo", "gpt")).frame.to_dict("records")

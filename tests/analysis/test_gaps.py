@@ -73,9 +73,9 @@ def test_exponent_interval_covers_at_its_rate(shared: float, other_x: np.ndarray
     trials, covered, widths = 1000, 0, []
     for _ in range(trials):
         both = rng.normal(0, shared, len(SIZES))
-        mine = 9 * SIZES**-0.11 * np.exp(rng.normal(0, 0.002, len(SIZES)) + both)
-        theirs = 8 * other_x**-0.08 * np.exp(rng.normal(0, 0.01, len(SIZES)) + both)
-        _, low, high = exponent_difference(SIZES, mine, other_x, theirs)
+        ours = 9 * SIZES**-0.11 * np.exp(rng.normal(0, 0.002, len(SIZES)) + both)
+        others = 8 * other_x**-0.08 * np.exp(rng.normal(0, 0.01, len(SIZES)) + both)
+        _, low, high = exponent_difference(SIZES, ours, other_x, others)
         covered += low <= 0.03 <= high
         widths.append(high - low)
     assert 0.93 < covered / trials < 0.97
@@ -84,17 +84,17 @@ def test_exponent_interval_covers_at_its_rate(shared: float, other_x: np.ndarray
 
 def test_exponent_difference_of_equal_sizes_is_the_regression_of_the_ratio() -> None:
     rng = np.random.default_rng(2)
-    mine = 9 * SIZES**-0.11 * np.exp(rng.normal(0, 0.02, len(SIZES)))
-    theirs = 8 * SIZES**-0.08 * np.exp(rng.normal(0, 0.02, len(SIZES)))
-    difference, low, high = exponent_difference(SIZES, mine, SIZES, theirs)
-    line = stats.linregress(np.log(SIZES), np.log(theirs / mine))
+    ours = 9 * SIZES**-0.11 * np.exp(rng.normal(0, 0.02, len(SIZES)))
+    others = 8 * SIZES**-0.08 * np.exp(rng.normal(0, 0.02, len(SIZES)))
+    difference, low, high = exponent_difference(SIZES, ours, SIZES, others)
+    line = stats.linregress(np.log(SIZES), np.log(others / ours))
     half = stats.t.ppf(0.975, len(SIZES) - 2) * line.stderr
     assert (difference, high - difference) == pytest.approx((line.slope, half))
     assert difference - low == pytest.approx(half)
     assert difference == pytest.approx(
-        fit_power_law(SIZES, mine).b - fit_power_law(SIZES, theirs).b
+        fit_power_law(SIZES, ours).b - fit_power_law(SIZES, others).b
     )
-    two = exponent_difference(SIZES[:2], mine[:2], SIZES[:2], theirs[:2])
+    two = exponent_difference(SIZES[:2], ours[:2], SIZES[:2], others[:2])
     assert np.isfinite(two[0])
     assert np.isnan(two[1:]).all()
     flat = np.ones(3)
@@ -106,9 +106,9 @@ def test_a_study_with_a_budget_per_size(tmp_path: Path) -> None:
     study = load_study(tmp_path / "study", "gpt")
     pairs = tables.matched_pairs(study)
     heads, rows = pairs.texts()
-    told = dict(zip(heads, rows[0], strict=True))
-    assert told["peak lr"] == "0.004 / 0.002"
-    assert told["tokens (per non-emb.)"] == f"10k ({10_000 / 27_500:.3g})"
+    cells = dict(zip(heads, rows[0], strict=True))
+    assert cells["peak lr"] == "0.004 / 0.002"
+    assert cells["tokens (per non-emb.)"] == f"10k ({10_000 / 27_500:.3g})"
     assert np.isfinite(pairs.frame[["gap_low", "percent_low"]]).all(axis=None)
     assert any("Peak learning rates differ within pairs" in note for note in pairs.notes)
     frame = exponents(study).frame.set_index("x")

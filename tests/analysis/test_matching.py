@@ -90,7 +90,7 @@ def test_gap_interval_covers_at_its_stated_rate() -> None:
     hits = 0
     for _ in range(800):
         shared = generator.normal(0, 0.5, 3)
-        mine = pd.Series(shared + 0.02 + generator.normal(0, 0.01, 3))
-        gap = seed_gap(mine, pd.Series(shared + generator.normal(0, 0.01, 3)))
+        ours = pd.Series(shared + 0.02 + generator.normal(0, 0.01, 3))
+        gap = seed_gap(ours, pd.Series(shared + generator.normal(0, 0.01, 3)))
         hits += gap["gap_low"] <= 0.02 <= gap["gap_high"]
     assert 0.92 < hits / 800 < 0.98

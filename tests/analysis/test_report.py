@@ -65,8 +65,8 @@ def test_numbers_are_the_planted_ones(built: tuple[Path, str]) -> None:
     }  # fmt: skip
     assert "-0.0800 [-0.0800, -0.0800]" in text
     fits = pd.read_csv(folder / "scaling_fits.csv")
-    mine = runs[runs["family"] == "rwkv4"]
-    slope, _ = np.polyfit(np.log(mine["parameters/total"]), np.log(mine["val/bpb"]), 1)
+    ours = runs[runs["family"] == "rwkv4"]
+    slope, _ = np.polyfit(np.log(ours["parameters/total"]), np.log(ours["val/bpb"]), 1)
     law = fits[(fits["family"] == "rwkv4") & (fits["x"] == "total parameters")].iloc[0]
     assert law["b"] == pytest.approx(-slope)
     assert (law["n_sizes"], law["n_runs"]) == (3, 6)

@@ -48,11 +48,11 @@ def test_bootstrap_is_scipys() -> None:
     rng = np.random.default_rng(0)
     first = rng.gamma(2, size=120)
     second = first + rng.normal(0.1, 0.5, size=120)
-    theirs = stats.bootstrap(
+    others = stats.bootstrap(
         (first, second), lambda a, b, axis: np.mean(a - b, axis=axis), paired=True,
         vectorized=True, method="percentile", rng=1, n_resamples=9999,
     ).confidence_interval  # fmt: skip
-    assert bootstrap([of(first - second)]) == pytest.approx(tuple(theirs), abs=0.004)
+    assert bootstrap([of(first - second)]) == pytest.approx(tuple(others), abs=0.004)
 
 
 def test_holm_by_hand() -> None:

@@ -41,7 +41,7 @@ def test_trained_and_converted_runs_stand_together(tmp_path: Path) -> None:
     """Another context, data and budget are no reason; another protocol is."""
     planted.write_run(tmp_path, model="rwkv4_nano")
     planted.write_run(tmp_path, model="gpt_nano")
-    outside = planted.write_converted(tmp_path, "demo", "rwkv4_169m")
+    external = planted.write_converted(tmp_path, "demo", "rwkv4_169m")
     for run in tmp_path.glob("demo/*/*"):
         planted.write_eval(run, "piqa", {"acc,none": 0.6, "acc_stderr,none": 0.01}, subset=False)
     study = load_study(tmp_path / "demo", "gpt")
@@ -49,7 +49,7 @@ def test_trained_and_converted_runs_stand_together(tmp_path: Path) -> None:
     scores = zero_shot.zero_shot_scores(study).frame
     assert len(scores[scores["task"] == "piqa"]) == 3
     assert scores["n_runs"].eq(1).all()
-    planted.write_eval(outside, "piqa", {"acc,none": 0.6}, prefix="newline", subset=False)
+    planted.write_eval(external, "piqa", {"acc,none": 0.6}, prefix="newline", subset=False)
     with pytest.raises(ValueError, match=r"differ in prefix of piqa: none .* against newline"):
         load_study(tmp_path / "demo", "gpt")
 
