@@ -12,16 +12,17 @@ import numpy.typing as npt
 import pandas as pd
 
 from analysis import formats as fmt
-from analysis.runs import ABOUT, BROKEN, each_run, one_line, read_json
+from analysis.runs import ABOUT, BENCH, BROKEN, EVAL, Problems, one_line, read_each, read_json
 
 COSTS = ["n_tokens", "prefill_s", "decode_s", "state_bytes"]
 PEAK = "peak_mem_bytes"
 GENERATION_PROTOCOL = ["batch_size", "n_threads", "device", "dtype", "chunk_len"]
 # of a score's protocol, what may differ between scores in one table: weights, tokenizer and longest
-# context are the model's own, the device only rounds, a pack only brings the documents, which are
+# context belong to the model, the device only rounds, a pack only brings the documents, which are
 # compared themselves, the rest is counted or timed
-MODELS_OWN = {"weights", "tokenizer", "max_ctx"}
-NOT_COMPARED = MODELS_OWN | {"device", "pack", "n_truncated", "time_s", "protocol_hash"}
+NOT_COMPARED = {
+    "weights", "tokenizer", "max_ctx", "device", "pack", "n_truncated", "time_s", "protocol_hash",
+}  # fmt: skip
 # the metric that stands for a task: the paper's tables use these, plain accuracy for the others
 HEADLINES = {
     "arc_challenge": "acc_norm",
@@ -42,19 +43,15 @@ CHANCE = {
 }  # fmt: skip
 
 
-def load_scores(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
-    """One row per run, task and metric of eval/*.json: `score`, `stderr` and `chance` (NaN when
-    unknown), `headline`, `weights`, `n_documents`, `subset` (None when unknown), and a column
-    `protocol/...` for each thing that must be equal in one table, as text (a dash for none). Also
-    (run, reason) for what could not be read."""
-    rows: list[dict[str, Any]] = []
-    problems = []
-    for path, about in each_run(runs):
-        for file in sorted(path.glob("eval/*.json")):
-            try:
-                rows += [about | score for score in _task_scores(read_json(file), file.stem)]
-            except BROKEN as error:
-                problems.append((about["run"], f"eval/{file.name}: {one_line(error)}"))
+def load_scores(runs: pd.DataFrame) -> tuple[pd.DataFrame, Problems]:
+    """One row per run, task and metric of eval/*.json.
+
+    Returns:
+        `score`, `stderr` and `chance` (NaN when unknown), `headline`, `weights`, `n_documents`,
+        `subset` (None when unknown), and a column `protocol/...` for each thing that must be equal
+        in one table, as text (a dash for none).
+    """
+    rows, problems = read_each(runs, f"{EVAL}/*.json", _task_scores)
     columns = [*ABOUT, "task", "metric", "score", "stderr", "headline", "higher_is_better"]
     columns += ["chance", "n_documents", "subset", "weights"]
     protocol = sorted({key for row in rows for key in row if key.startswith("protocol/")})
@@ -62,37 +59,68 @@ def load_scores(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]
     return scores.fillna(dict.fromkeys(protocol, fmt.MISSING)), problems
 
 
-def load_documents(run: Path, task: str) -> pd.DataFrame:
-    """What every document of a task gave: a row each, in the order of eval/<task>.documents.jsonl,
-    with its hash in `doc` and a column per metric (lm-eval's bare names).
+def load_generation(runs: pd.DataFrame) -> tuple[pd.DataFrame, Problems]:
+    """The rows of every bench/generate.json, with the protocol and the run.
 
-    FileNotFoundError when the run has no such file; ValueError for one that is damaged, or that was
-    not made together with eval/<task>.json."""
-    file = run / "eval" / f"{task}.documents.jsonl"
+    Returns:
+        At context length `n_tokens` the seconds to read it (`prefill_s`) and for one more token
+        (`decode_s`), `state_bytes` computed, `peak_mem_bytes` measured beyond the weights (NaN
+        when not).
+    """
+    rows, problems = read_each(runs, f"{BENCH}/generate.json", _generation_costs)
+    generation = pd.DataFrame(rows, columns=[*ABOUT, *COSTS, PEAK, *GENERATION_PROTOCOL])
+    return generation.astype({"n_tokens": "int64"}), problems
+
+
+def _generation_costs(file: Path) -> list[dict[str, Any]]:
+    content = read_json(file)
+    protocol = {key: content["protocol"].get(key) for key in GENERATION_PROTOCOL}
+    return [
+        protocol
+        | {key: float(row[key]) for key in COSTS}
+        | {PEAK: np.nan if row.get(PEAK) is None else float(row[PEAK])}
+        for row in content["rows"]
+    ]
+
+
+def load_documents(run: Path, task: str) -> pd.DataFrame:
+    """What every document of a task gave, in the order of eval/<task>.documents.jsonl.
+
+    Returns:
+        A row a document: its hash in `doc` and a column per metric (lm-eval's bare names).
+
+    Raises:
+        FileNotFoundError: if the run has no such file.
+        ValueError: if it is damaged, or was not made together with eval/<task>.json.
+    """
+    file = run / EVAL / f"{task}.documents.jsonl"
     if not file.is_file():
-        raise FileNotFoundError(f"no eval/{file.name}: score it again")
-    scored = read_json(run / "eval" / f"{task}.json")
-    made = (scored.get("protocol") or {}).get("protocol_hash")
+        raise FileNotFoundError(f"no {EVAL}/{file.name}: score it again")
+    protocol = read_json(run / EVAL / f"{task}.json")["protocol"]
     try:
         head, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        told = (head["task"], head["protocol_hash"])
+        made_for = (head["task"], head["protocol_hash"])
         frame = pd.DataFrame(rows)
-        whole = len(frame) > 0 and all(isinstance(doc, str) for doc in frame["doc"])
     except BROKEN as error:
-        raise ValueError(f"eval/{file.name} is damaged: {one_line(error)}") from None
-    if made is None or told != (task, made):
-        raise ValueError(f"eval/{file.name} is not of the protocol of eval/{task}.json")
-    n = _n_documents(scored, task)
-    if not whole or (np.isfinite(n) and n != len(frame)):
-        raise ValueError(f"eval/{file.name} has {len(frame)} documents, eval/{task}.json {n:.0f}")
+        raise ValueError(f"{EVAL}/{file.name} is damaged: {one_line(error)}") from None
+    if made_for != (task, protocol.get("protocol_hash")):
+        raise ValueError(f"{EVAL}/{file.name} is not of the protocol of {EVAL}/{task}.json")
+    n = protocol["n_documents"]
+    if n != len(frame):
+        raise ValueError(f"{EVAL}/{file.name} has {len(frame)} documents, {EVAL}/{task}.json {n}")
     return frame
 
 
 def document_values(documents: pd.DataFrame, metric: str) -> tuple[npt.NDArray, npt.NDArray]:
-    """A metric's value for each document and the weight it has in the task's score: 1, or the
-    bytes or words it is taken over. A perplexity's values are logarithms, in nats.
+    """A metric's value for each document, and the weight it has in the task's score.
 
-    ValueError for a metric that documents do not have, or not as a number."""
+    Returns:
+        Values (n,), of a perplexity the logarithms, in nats; weights (n,): 1, or the bytes or words
+        that a value is taken over.
+
+    Raises:
+        ValueError: for a metric that documents do not have, or not as a number.
+    """
     if metric not in documents:
         raise ValueError(f"its documents have no {metric}")
     values = documents[metric].to_list()
@@ -110,36 +138,9 @@ def document_values(documents: pd.DataFrame, metric: str) -> tuple[npt.NDArray, 
     return (-numbers if metric == "perplexity" else numbers), weights
 
 
-def load_generation(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
-    """The rows of every bench/generate.json: at context length `n_tokens` the seconds to read it
-    (`prefill_s`) and for one more token (`decode_s`), `state_bytes` computed, `peak_mem_bytes`
-    measured beyond the weights (NaN when not), the protocol and the run. Also (run, reason) for
-    what could not be read."""
-    rows: list[dict[str, Any]] = []
-    problems = []
-    for path, about in each_run(runs):
-        file = path / "bench" / "generate.json"
-        if not file.exists():
-            continue
-        try:
-            content = read_json(file)
-            if any("seconds" in row for row in content["rows"]):
-                raise ValueError("measured by an earlier version: measure again")
-            about |= {key: content["protocol"].get(key) for key in GENERATION_PROTOCOL}
-            for row in content["rows"]:
-                peak = row.get(PEAK)
-                costs = {key: float(row[key]) for key in COSTS}
-                rows.append(about | costs | {PEAK: np.nan if peak is None else float(peak)})
-        except BROKEN as error:
-            problems.append((about["run"], f"bench/generate.json: {one_line(error)}"))
-    generation = pd.DataFrame(rows, columns=[*ABOUT, *COSTS, PEAK, *GENERATION_PROTOCOL])
-    return generation.astype({"n_tokens": "int64"}), problems
-
-
-def _task_scores(content: dict[str, Any], task: str) -> list[dict[str, Any]]:
-    results = content.get("results", {}).get(task)
-    if not isinstance(results, dict):
-        raise ValueError(f"no results for {task}")
+def _task_scores(file: Path) -> list[dict[str, Any]]:
+    content, task = read_json(file), file.stem
+    results, protocol = content["results"][task], content["protocol"]
     metrics = [
         key
         for key, value in results.items()
@@ -149,39 +150,30 @@ def _task_scores(content: dict[str, Any], task: str) -> list[dict[str, Any]]:
         raise ValueError(f"no numeric metric for {task}")
     usual = [f"{m},none" for m in (HEADLINES.get(task), *USUAL)]
     first = next((m for m in usual if m in metrics), metrics[0])
-    config = content.get("config", {}).get(task, {})
-    protocol = content.get("protocol", {})
-    n_documents = _n_documents(content, task)
+    config = content["config"][task]
     compared = {key: value for key, value in protocol.items() if key not in NOT_COMPARED}
     if config.get("output_type", ROLLING) != ROLLING:
-        compared.pop("rolling_ctx", None)  # the window of other tasks; RWKV's and GPT's may differ
-    compared |= {
-        "version": content.get("versions", {}).get(task),
-        "n_shot": content.get("n-shot", {}).get(task),
-        "n_documents": n_documents,
-    }
+        compared.pop("rolling_ctx", None)  # the window of other tasks; models' may differ
+    compared |= {"version": content["versions"].get(task), "n_shot": content["n-shot"].get(task)}
     about = {
         "task": task,
         "chance": (config.get("metadata") or {}).get("chance", CHANCE.get(task, np.nan)),
-        "n_documents": n_documents,
-        "subset": protocol.get("subset"),
-        "weights": fmt.text(protocol.get("weights"))[:8],
+        "n_documents": protocol["n_documents"],
+        "subset": protocol["subset"],
+        "weights": fmt.text(protocol["weights"])[:8],
         **{f"protocol/{key}": fmt.text(value) for key, value in compared.items()},
     }
-    told = content.get("higher_is_better", {}).get(task) or {}
+    directions = content.get("higher_is_better", {}).get(task) or {}
     scores = []
     for metric in sorted(metrics, key=lambda m: m != first):
         name, _, tail = metric.partition(",")
         stderr = results.get(f"{name}_stderr,{tail}")
-        stderr = stderr if isinstance(stderr, int | float) else np.nan  # lm-eval writes "N/A"
-        about_metric = {"metric": metric, "score": results[metric], "stderr": stderr}
-        about_metric |= {"higher_is_better": told.get(name, name not in LOWER_IS_BETTER)}
-        scores.append(about | about_metric | {"headline": metric == first})
+        about_metric = {
+            "metric": metric,
+            "score": results[metric],
+            "stderr": stderr if isinstance(stderr, int | float) else np.nan,  # lm-eval's "N/A"
+            "headline": metric == first,
+            "higher_is_better": directions.get(name, name not in LOWER_IS_BETTER),
+        }
+        scores.append(about | about_metric)
     return scores
-
-
-def _n_documents(content: dict[str, Any], task: str) -> float:
-    told = content.get("protocol", {}).get("n_documents")
-    if told is None:
-        told = content.get("n-samples", {}).get(task, {}).get("effective")
-    return np.nan if told is None else told

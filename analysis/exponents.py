@@ -1,107 +1,115 @@
-"""Do the families' power laws differ, and does a law foretell the size it has not seen?"""
+"""Do the families' power laws differ, and does a law predict the size it has not seen?"""
 
 import numpy as np
 import pandas as pd
 
 from analysis import formats as fmt
 from analysis import scaling
-from analysis.runs import REFERENCE
-from analysis.study import NothingToShowError, Study, best_variants, budget_notes, groups, loss_of
-from analysis.table import Column, Table, cell
+from analysis.families import Families
+from analysis.study import NothingToShowError, Study, budget_notes, groups
+from analysis.table import Column, Table, interval_column
 from analysis.tables import X_NAMES
 
 MIN_SIZES = 3  # of a fit with an interval
 
 
 def exponents(study: Study) -> Table:
-    """The difference of each family's exponent from the GPT's over matched sizes, with its
-    interval."""
-    runs, notes = best_variants(study.trained)
-    loss, unit = loss_of(runs)
-    partner = scaling.partners(runs)
+    """The difference of each family's exponent from that of the reference over matched sizes, with
+    its interval."""
+    losses, families = study.losses, study.families
+    runs, partner = losses.runs, study.partners(losses.runs)
     rows = []
     means = runs.groupby("model")[[*X_NAMES]].mean()
-    means["loss"] = np.exp(np.log(runs[loss]).groupby(runs["model"]).mean())
+    means["loss"] = np.exp(np.log(runs[losses.column]).groupby(runs["model"]).mean())
     for family, group in groups(runs[runs["model"].isin(list(partner))], "family"):
-        mine = means.loc[group["model"].unique()]
-        theirs = means.loc[[partner[model] for model in mine.index]]
+        ours = means.loc[group["model"].unique()]
+        others = means.loc[[partner[model] for model in ours.index]]
         for x, name in X_NAMES.items():
-            if min(side[x].nunique() for side in (mine, theirs)) < MIN_SIZES:
+            if min(side[x].nunique() for side in (ours, others)) < MIN_SIZES:
                 continue
-            laws = [scaling.fit_power_law(side[x], side["loss"]) for side in (mine, theirs)]
+            laws = [scaling.fit_power_law(side[x], side["loss"]) for side in (ours, others)]
             difference, low, high = scaling.exponent_difference(
-                mine[x], mine["loss"], theirs[x], theirs["loss"]
+                ours[x], ours["loss"], others[x], others["loss"]
             )
-            about = {"family": family, "x": name, "b": laws[0].b, "reference/b": laws[1].b}
-            about |= {"n_sizes": len(mine)}
-            rows.append(about | {"difference": difference, "low": low, "high": high})
+            rows.append({
+                "family": family, "x": name, "b": laws[0].b, "reference/b": laws[1].b,
+                "n_sizes": len(ours), "difference": difference, "low": low, "high": high,
+            })  # fmt: skip
     if not rows:
-        raise NothingToShowError(f"no family has {MIN_SIZES} sizes with a matched GPT")
-    columns: list[Column] = [
-        ("family", cell("family", fmt.family_name)),
-        ("x", cell("x")),
-        ("b", cell("b", fmt.fixed)),
-        ("b of the GPT", cell("reference/b", fmt.fixed)),
-        (
-            "difference [95 % interval]",
-            lambda r: fmt.interval(r["difference"], r["low"], r["high"], 3, "+"),
-        ),
-        ("matched sizes", cell("n_sizes")),
-        ("falls faster with x", _faster),
+        label = families.reference_label
+        raise NothingToShowError(f"no family has {MIN_SIZES} sizes with a matched {label}")
+    columns = [
+        Column("family", "family", families.label),
+        Column("x", "x"),
+        Column("b", "b", fmt.fixed),
+        Column(f"b of the {families.reference_label}", "reference/b", fmt.fixed),
+        interval_column("difference [95 % interval]", "difference", "low", "high", 3, "+"),
+        Column("matched sizes", "n_sizes"),
+        Column("falls faster with x", lambda r: _faster(r, families)),
     ]
-    notes.append(
-        f"Loss in {unit}, a x^-b over the means of sizes that both have. Difference of b: t "
+    note = (
+        f"Loss in {losses.unit}, a x^-b over the means of sizes that both have. Difference of b: t "
         "interval from the scatter of sizes around both laws, less what matched sizes have in "
-        "common. Where the laws bend otherwise than alike, it is about these sizes only."
+        "common. Where one law bends and the other does not, it is about these sizes only."
     )
-    return Table("Exponents compared", pd.DataFrame(rows), columns, notes + budget_notes(runs))
+    notes = [*losses.notes, note, *budget_notes(runs)]
+    return Table("Exponents compared", pd.DataFrame(rows), columns, notes)
 
 
 def held_out_size(study: Study) -> Table:
-    """Each family's largest size beside what the law of its smaller sizes foretells for it."""
-    runs, notes = best_variants(study.trained)
-    loss, unit = loss_of(runs)
+    """Each family's largest size beside what the law of its smaller sizes predicts for it."""
+    losses = study.losses
     rows = []
-    for family, group in groups(runs, "family"):
+    for family, group in groups(losses.runs, "family"):
         largest = group["parameters/total"] == group["parameters/total"].max()
         for x, name in X_NAMES.items():
             seen, held_out = group[~largest], group[largest]
             if seen[x].nunique() < MIN_SIZES:
                 continue
-            law = scaling.fit_power_law(seen[x], seen[loss])
+            law = scaling.fit_power_law(seen[x], seen[losses.column])
             predicted, low, high = (float(v) for v in law.predict(held_out[x].mean()))
-            about = {"family": family, "x": name, "model": held_out["model"].iloc[0]}
-            about |= {"n_sizes": law.n_sizes, "n_runs": len(held_out), "note": law.note}
-            about |= {"predicted": predicted, "low": low, "high": high}
-            rows.append(about | {"measured": float(held_out[loss].mean())})
+            rows.append({
+                "family": family, "x": name, "model": held_out["model"].iloc[0],
+                "n_sizes": law.n_sizes, "n_runs": len(held_out), "note": law.note,
+                "predicted": predicted, "low": low, "high": high,
+                "measured": float(held_out[losses.column].mean()),
+            })  # fmt: skip
     if not rows:
         raise NothingToShowError(f"no family has {MIN_SIZES + 1} sizes")
     frame = pd.DataFrame(rows)
     frame["inside"] = frame["measured"].between(frame["low"], frame["high"])
-    columns: list[Column] = [
-        ("family", cell("family", fmt.family_name)),
-        ("held out", cell("model")),
-        ("x", cell("x")),
-        ("fitted to", lambda r: f"{r['n_sizes']} smaller sizes"),
-        (
-            "foretold [95 % band]",
-            lambda r: fmt.interval(r["predicted"], r["low"], r["high"], 4),
+    columns = [
+        Column("family", "family", study.families.label),
+        Column("held out", "model"),
+        Column("x", "x"),
+        Column("fitted to", "n_sizes", "{} smaller sizes".format),
+        interval_column("predicted [95 % band]", "predicted", "low", "high", 4),
+        Column(
+            "measured",
+            lambda r: f"{r['measured']:.4f} ({r['n_runs']} run{'s' * (r['n_runs'] > 1)})",
         ),
-        ("measured", lambda r: f"{r['measured']:.4f} ({r['n_runs']} run{'s' * (r['n_runs'] > 1)})"),
-        ("measured / foretold", lambda r: f"{100 * (r['measured'] / r['predicted'] - 1):+.2f} %"),
-        ("within the band", lambda r: "yes" if r["inside"] else "no"),
-        ("note", lambda r: r["note"] or fmt.MISSING),
+        Column(
+            "measured / predicted",
+            lambda r: f"{100 * (r['measured'] / r['predicted'] - 1):+.2f} %",
+        ),
+        Column("within the band", "inside", lambda inside: "yes" if inside else "no"),
+        Column("note", "note", fmt.text),
     ]
-    notes.append(
-        f"Loss in {unit}. The largest size of a family is left out, a x^-b is fitted to the means "
-        "of the others, and the band is where one more size's mean should fall. A wide band holds "
-        "much: within it is no proof of the law, outside it speaks against it."
+    note = (
+        f"Loss in {losses.unit}. The largest size of a family is left out, a x^-b is fitted to the "
+        "means of the others, and the band is where one more size's mean should fall. A wide band "
+        "holds much: within it is no proof of the law, outside it speaks against it."
     )
-    title = "The largest size, foretold by the smaller ones"
-    return Table(title, frame, columns, notes + budget_notes(runs))
+    notes = [*losses.notes, note, *budget_notes(losses.runs)]
+    return Table("The largest size, predicted by the smaller ones", frame, columns, notes)
 
 
-def _faster(row: pd.Series) -> str:
+def _faster(row: pd.Series, families: Families) -> str:
     if not (row["low"] > 0 or row["high"] < 0):
         return "not told apart"
-    return fmt.family_name(row["family"] if row["difference"] > 0 else REFERENCE)
+    return families.label(row["family"] if row["difference"] > 0 else families.reference)
+
+
+def _measured(row: pd.Series) -> str:
+    n = row["n_runs"]
+    return f"{row['measured']:.4f} ({n} run{'s' * (n > 1)})"

@@ -1,24 +1,11 @@
-"""How numbers and names are written, in tables and on axes; one fixed colour per family."""
+"""How numbers are written, in tables and on axes."""
 
 import math
+from collections.abc import Callable
 
-FAMILY_NAMES = {"rwkv4": "RWKV-4", "gpt": "GPT"}
-# Okabe and Ito's colours, told apart with any colour vision
-FAMILY_COLORS = {"rwkv4": "#0072B2", "gpt": "#D55E00"}
-SPARE_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+import numpy as np
+
 MISSING = "–"
-
-
-def family_name(family: str) -> str:
-    """The name readers know; a family without one keeps its own."""
-    return FAMILY_NAMES.get(family, family)
-
-
-def family_color(family: str) -> str:
-    """A family's colour, the same in every figure and every report."""
-    if family in FAMILY_COLORS:
-        return FAMILY_COLORS[family]
-    return SPARE_COLORS[sum(family.encode()) % len(SPARE_COLORS)]
 
 
 def short(x: float, units: str = " k M B T", base: float = 1000.0, digits: int = 3) -> str:
@@ -55,14 +42,24 @@ def seconds(x: float) -> str:
     return f"{x / 60:.3g} min" if x < 7200 else f"{x / 3600:.3g} h"
 
 
-def fixed(x: float, digits: int = 3) -> str:
+def fixed(x: float, digits: int = 3, sign: str = "") -> str:
     """A number with a fixed number of decimals, or a dash."""
-    return f"{x:.{digits}f}" if math.isfinite(x) else MISSING
+    return f"{x:{sign}.{digits}f}" if math.isfinite(x) else MISSING
+
+
+def fixed4(x: float) -> str:
+    """A loss or score: four decimals, or a dash."""
+    return fixed(x, 4)
 
 
 def number(x: float) -> str:
     """A score: four decimals, two for what is ten or more (a perplexity)."""
     return fixed(x, 4 if abs(x) < 10 else 2)
+
+
+def rate(x: float) -> str:
+    """A learning rate, or a dash."""
+    return f"{x:g}" if x > 0 else MISSING
 
 
 def documents(n: float, is_subset: object) -> str:
@@ -83,6 +80,24 @@ def interval(x: float, low: float, high: float, digits: int = 3, sign: str = "")
     return text
 
 
+def plus_minus(x: float, error: float, write: Callable[[float], str]) -> str:
+    """A value and its standard error; the value alone where there is none."""
+    return write(x) + (f" ± {write(error)}" if math.isfinite(error) else "")
+
+
 def text(value: object) -> str:
     """A value as it is, or a dash for none."""
-    return MISSING if value is None or value != value else str(value)
+    return MISSING if value in {None, ""} or value != value else str(value)
+
+
+def threads(n: float) -> str:
+    """A number of threads."""
+    return f"{text(n)} thread{'' if n == 1 else 's'}"
+
+
+def power_of_ten(x: float) -> str:
+    """A tick like 10^13 or 3 x 10^13."""
+    power = int(np.floor(np.log10(x) + 1e-9))
+    mantissa = x / 10**power
+    head = "" if abs(mantissa - 1) < 1e-6 else rf"{mantissa:.3g}{{\times}}"
+    return rf"${head}10^{{{power}}}$"

@@ -12,10 +12,11 @@ from scipy.special import stdtrit  # the t quantile, without the seconds scipy.s
 
 from analysis import formats as fmt
 from analysis import style
-from analysis.plots import Plot, family_names, subtitle
-from analysis.runs import REFERENCE
-from analysis.scaling import LEVEL, matched_pairs
-from analysis.study import NothingToShowError, Study, best_variants, budget_notes, groups, loss_of
+from analysis.families import Families
+from analysis.plots import subtitle
+from analysis.scaling import LEVEL
+from analysis.study import Study, budget_notes, groups
+from analysis.style import Plot
 
 MIN_SIZES_TREND = 4
 SIZE = "parameters/non_embedding"
@@ -25,8 +26,13 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Trend:
-    """A straight line of a gap against log10 of size: `slope` per tenfold size and its 95 % t
-    interval, `line` (sizes -> gap) and `half`, half the width of the line's 95 % band there."""
+    """A straight line of a gap against log10 of size.
+
+    Attributes:
+        slope: per tenfold size; `low` and `high` are its 95 % t interval.
+        line: sizes -> gap.
+        half: sizes -> half the width of the line's 95 % band.
+    """
 
     slope: float
     low: float
@@ -59,43 +65,44 @@ def gap_trend(x: npt.ArrayLike, gap: npt.ArrayLike) -> Trend | None:
 
 @rc_context(style.STYLE)
 def loss_gap(study: Study) -> Plot:
-    """Loss of each model minus that of its matched GPT against size, with intervals over seeds, in
-    the unit of the loss and in per cent; from 4 sizes on a line that describes how it goes."""
-    runs, notes = best_variants(study.trained)
-    loss, unit = loss_of(runs)
-    pairs = matched_pairs(runs, loss)
-    if pairs.empty:
-        raise NothingToShowError("no model has a GPT within 10 % of its total parameters")
-    names, reference = family_names(pairs), fmt.family_name(REFERENCE)
+    """Loss of each model minus that of its match in the reference family against size, with
+    intervals over seeds, in the unit of the loss and in per cent; from 4 sizes on a line that
+    describes how it goes."""
+    losses, families = study.losses, study.families
+    pairs = study.pairs(losses)
+    names, reference = families.names(pairs), families.reference_label
     title = f"{names} minus {reference}: gap in validation loss against size"
     has_interval = bool(pairs["gap_low"].notna().any())
     shown = "bars: 95 % interval over seeds" if has_interval else "no intervals"
-    figure, panels = style.new_figure(title, subtitle(runs, shown), columns=2, width=10.5)
+    figure, panels = style.new_figure(title, subtitle(losses.runs, shown), columns=2, width=10.5)
     trends = []
-    keys = {"gap": f"gap ({unit})", "percent": f"gap (% of the {reference}'s loss)"}
+    keys = {"gap": f"gap ({losses.unit})", "percent": f"gap (% of the {reference}'s loss)"}
     for axes, (key, name) in zip(panels, keys.items(), strict=True):
         for family, group in groups(pairs.sort_values(SIZE), "family"):
-            trend = _draw(axes, group, family, key)
+            trend = _draw(axes, group, family, families, key)
             if trend is not None and key == "gap":
-                trends.append(_said(family, trend, unit))
+                slope = fmt.interval(trend.slope, trend.low, trend.high, 3, "+")
+                trends.append(f"{families.label(family)} {slope} {losses.unit} for tenfold size")
         _zero_line(axes, names, reference)
-        style.log_axis(axes, "x", *style.margins(pairs[SIZE], 0.1), fmt.short)
+        style.log_axis(axes, "x", style.margins(pairs[SIZE], 0.1), fmt.short)
         axes.set_xlabel("non-embedding parameters")
         axes.set_ylabel(name)
     if pairs["family"].nunique() > 1 or trends:
         panels[0].legend(loc="best")
-    notes += _notes(reference, has_interval, trends)
+    notes = [*losses.notes, *_notes(reference, has_interval, trends)]
     unlike = pairs[pairs["note"] != ""]
     notes += [f"{row.model} and {row.reference}: {row.note}." for row in unlike.itertuples()]
-    return Plot(title, figure, [*notes, *budget_notes(runs)])
+    return Plot(title, figure, [*notes, *budget_notes(losses.runs)])
 
 
-def _draw(axes: Axes, group: pd.DataFrame, family: str, key: str) -> Trend | None:
-    color, gap = fmt.family_color(family), group[key]
+def _draw(
+    axes: Axes, group: pd.DataFrame, family: str, families: Families, key: str
+) -> Trend | None:
+    color, gap = families.color(family), group[key]
     ends = np.abs(group[[f"{key}_low", f"{key}_high"]].to_numpy(float).T - gap.to_numpy())
     axes.errorbar(
-        group[SIZE], gap, ends, color=color, marker=style.marker(family), ls="",
-        ms=5.5, capsize=4, elinewidth=1.4, zorder=3, label=fmt.family_name(family),
+        group[SIZE], gap, ends, color=color, marker=families.marker(family), ls="",
+        ms=5.5, capsize=4, elinewidth=1.4, zorder=3, label=families.label(family),
     )  # fmt: skip
     trend = gap_trend(group[SIZE], gap)
     if trend is not None:
@@ -107,25 +114,13 @@ def _draw(axes: Axes, group: pd.DataFrame, family: str, key: str) -> Trend | Non
 
 
 def _zero_line(axes: Axes, names: str, reference: str) -> None:
-    """The line of equal losses, within the axis, and which side of it is whose."""
+    """The line of equal losses, within the axis, and which side is better above and below it."""
     low, high = axes.get_ylim()
     pad = 0.12 * max(high, 0.0) - 0.12 * min(low, 0.0)
     axes.set_ylim(min(low, 0.0) - pad, max(high, 0.0) + pad)
     axes.axhline(0, color=style.INK, lw=1.2)
-    place = axes.get_yaxis_transform()
-    for text, shift, side in (
-        (f"above 0: {reference} is better", 3, "bottom"),
-        (f"below 0: {names} is better", -3, "top"),
-    ):
-        axes.annotate(
-            text, (0.985, 0), (0, shift), xycoords=place, textcoords="offset points",
-            ha="right", va=side, size=8.5, color=style.MUTED,
-        )  # fmt: skip
-
-
-def _said(family: str, trend: Trend, unit: str) -> str:
-    slope = fmt.interval(trend.slope, trend.low, trend.high, 3, "+")
-    return f"{fmt.family_name(family)} {slope} {unit} for tenfold parameters"
+    style.text_at_line(axes, 0, f"above 0: {reference} is better")
+    style.text_at_line(axes, 0, f"below 0: {names} is better", above=False)
 
 
 def _notes(reference: str, has_interval: bool, trends: list[str]) -> list[str]:

@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from analysis import formats as fmt
 from analysis import style
 from analysis.evaluations import COSTS, GENERATION_PROTOCOL, PEAK
-from analysis.plots import Plot, family_names, model_shade
-from analysis.scaling import partners
+from analysis.matching import TOLERANCE_SAID
 from analysis.study import NothingToShowError, Study, best_variants, groups
-from analysis.table import Column, Table, cell
+from analysis.style import Plot
+from analysis.table import Column, Table
 
 N_LENGTHS = 4
 CROSSED = ("decode_s", "state_bytes")
@@ -19,12 +19,12 @@ CROSSED = ("decode_s", "state_bytes")
 
 def generation_cost(study: Study) -> Table:
     """Prefill and decode speed and state bytes at a few lengths, and from where on a model beats
-    its matched GPT."""
-    costs = mean_generation(study)
+    its match in the reference family."""
+    costs, label = mean_generation(study), study.families.reference_label
     lengths = sorted(costs["n_tokens"].unique())
     chosen = np.unique(np.linspace(0, len(lengths) - 1, N_LENGTHS).round().astype(int))
     lengths = [lengths[i] for i in chosen]
-    crossings = _crossings(study, costs)
+    crossings = _crossings(study, costs).set_index("model")
     rows = []
     for (family, model, total), line in groups(costs, "family", "model", "parameters/total"):
         row = {"family": family, "model": model, "parameters/total": total}
@@ -32,27 +32,29 @@ def generation_cost(study: Study) -> Table:
         for n in lengths:
             row[f"prefill_tokens_per_s@{n}"] = n / at.loc[n, "prefill_s"]
             row |= {f"{key}@{n}": at.loc[n, key] for key in ("decode_s", "state_bytes", PEAK)}
-        mine = crossings[crossings["model"] == model]
-        row["matched_gpt"] = mine["reference"].iloc[0] if len(mine) else None
-        for key in CROSSED:
-            row[f"cheaper_{key}"] = mine[key].iloc[0] if len(mine) else np.nan
+        crossed = crossings.reindex([model]).iloc[0]
+        row["reference"] = crossed["reference"]
+        row |= {f"cheaper_{key}": crossed[key] for key in CROSSED}
         rows.append(row)
-    ends = list(dict.fromkeys((lengths[0], lengths[-1])))
-    columns: list[Column] = [
-        ("model", cell("model")),
-        ("parameters", cell("parameters/total", fmt.short)),
-        *((f"prefill tokens/s, {n}", cell(f"prefill_tokens_per_s@{n}", fmt.short)) for n in ends),
-        *((f"decode ms/token, {n}", cell(f"decode_s@{n}", _milliseconds)) for n in lengths),
-        *((f"state, {n}", cell(f"state_bytes@{n}", fmt.size_bytes)) for n in ends),
-        ("decodes faster than its GPT", lambda r: _since(r, "decode_s", *ends)),
-        ("smaller state", lambda r: _since(r, "state_bytes", *ends)),
+    first, last = lengths[0], lengths[-1]
+    ends = list(dict.fromkeys((first, last)))
+    columns = [
+        Column("model", "model"),
+        Column("parameters", "parameters/total", fmt.short),
+        *(Column(f"prefill tokens/s, {n}", f"prefill_tokens_per_s@{n}", fmt.short) for n in ends),
+        *(Column(f"decode ms/token, {n}", f"decode_s@{n}", _milliseconds) for n in lengths),
+        *(Column(f"state, {n}", f"state_bytes@{n}", fmt.size_bytes) for n in ends),
+        Column(
+            f"decodes faster than its {label}", "cheaper_decode_s", lambda n: _since(n, first, last)
+        ),
+        Column("smaller state", "cheaper_state_bytes", lambda n: _since(n, first, last)),
     ]
     notes = [
         "At a context of that many tokens: prefill reads it, in chunks; decode is one token more. "
         "State: bytes of recurrent state or KV cache, computed; the figure marks the measured peak "
-        "too. Its GPT: the nearest in total parameters, within 10 %.",
+        f"too. Its {label}: the nearest, {TOLERANCE_SAID}.",
         f"Median over repeats and runs, measured with {_protocol(study)}. Lengths may exceed the "
-        "context that a GPT was trained at: the cost there is right, its text would not be.",
+        f"context that a model was trained at: the cost there is right, its text may not be.",
     ]
     return Table("Generation cost", pd.DataFrame(rows), columns, notes)
 
@@ -60,13 +62,13 @@ def generation_cost(study: Study) -> Table:
 @rc_context(style.STYLE)
 def generation(study: Study) -> Plot:
     """Prefill seconds, decode time per token and bytes of state or cache, against the length."""
-    costs = mean_generation(study)
+    costs, families = mean_generation(study), study.families
     costs["decode_ms"] = costs["decode_s"] * 1000
     crossings = _crossings(study, costs)
-    title = f"{family_names(costs)}: cost of generating text"
+    title = f"{families.names(costs)}: cost of generating text"
     measured = costs[PEAK].fillna(0) > 0
-    about = f"{_protocol(study)} · rings: from there on below its matched GPT"
-    about += " · hollow: measured peak" if measured.any() else ""
+    about = f"{_protocol(study)} · rings: from there on below its matched "
+    about += families.reference_label + " · hollow: measured peak" * bool(measured.any())
     figure, panels = style.new_figure(title, about, columns=3, width=13.5)
     of_panel = (
         ("prefill_s", "time to read the context (s)", _plain, None),
@@ -76,8 +78,8 @@ def generation(study: Study) -> Plot:
     for axes, (key, name, write, crossed) in zip(panels, of_panel, strict=True):
         shown = costs[costs[key] > 0]
         for (family, model, total), line in groups(shown, "family", "model", "parameters/total"):
-            color, point = model_shade(study.runs, family, model), style.marker(family)
-            label = f"{fmt.family_name(family)} {fmt.short(total)}"
+            color, point = families.shade(study.runs, family, model), families.marker(family)
+            label = f"{families.label(family)} {fmt.short(total)}"
             axes.plot(line["n_tokens"], line[key], color=color, marker=point, ms=4, label=label)
             if key == "state_bytes":
                 peaks = line[measured[line.index]]
@@ -85,16 +87,16 @@ def generation(study: Study) -> Plot:
             for length in crossings.loc[crossings["model"] == model, crossed] if crossed else []:
                 _mark(axes, line, key, length)
         values = shown[key]
-        if key == "state_bytes" and measured.any():
+        if key == "state_bytes":
             values = pd.concat([values, costs.loc[measured, PEAK]])
-        style.log_axis(axes, "x", *style.margins(shown["n_tokens"], 0.04), _length, binary=True)
-        style.log_axis(axes, "y", *style.margins(values), write, binary=key == "state_bytes")
+        style.log_axis(axes, "x", style.margins(shown["n_tokens"], 0.04), _length, binary=True)
+        style.log_axis(axes, "y", style.margins(values), write, binary=key == "state_bytes")
         axes.set_xlabel("context (tokens; 1k = 1024)")
         axes.set_ylabel(name)
     panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     notes = [
-        "Median over repeats and runs. Rings: from there on a model stays below its matched GPT "
-        "(total parameters within 10 %)."
+        "Median over repeats and runs. Rings: from there on a model stays below its matched "
+        f"{families.reference_label} ({TOLERANCE_SAID})."
     ]
     if measured.any():
         notes.append(
@@ -105,8 +107,11 @@ def generation(study: Study) -> Plot:
 
 
 def mean_generation(study: Study) -> pd.DataFrame:
-    """Generation cost per model and length, the median over runs; raises when none was measured, or
-    not all in the same way."""
+    """Generation cost per model and length, the median over runs.
+
+    Raises:
+        NothingToShowError: if none was measured, or not all in the same way.
+    """
     measured = study.generation[study.generation["n_tokens"] > 0]
     if measured.empty:
         raise NothingToShowError("no run has bench/generate.json; run experiments.benchmark first")
@@ -120,14 +125,14 @@ def mean_generation(study: Study) -> pd.DataFrame:
     return costs.reset_index().sort_values("n_tokens", kind="stable", ignore_index=True)
 
 
-def crossing(mine: pd.Series, theirs: pd.Series) -> float:
-    """From which length (the index) on `mine` stays below `theirs`, on the straight line in log-log
+def crossing(ours: pd.Series, others: pd.Series) -> float:
+    """From which length (the index) on `ours` stays below `others`, on the straight line in log-log
     between the lengths measured; the first length if it is there already, infinity if not at the
     last, NaN when they share none."""
-    shared = mine.index.intersection(theirs.index).sort_values()
+    shared = ours.index.intersection(others.index).sort_values()
     if shared.empty:
         return np.nan
-    difference = np.log((mine[shared] / theirs[shared]).to_numpy(float))
+    difference = np.log((ours[shared] / others[shared]).to_numpy(float))
     above = np.flatnonzero(~(difference < 0))
     if not len(above):
         return float(shared[0])
@@ -145,7 +150,7 @@ def _crossings(study: Study, costs: pd.DataFrame) -> pd.DataFrame:
     rows = [
         {"model": model, "reference": partner}
         | {key: crossing(by_model[model][key], by_model[partner][key]) for key in CROSSED}
-        for model, partner in partners(kept).items()
+        for model, partner in study.partners(kept).items()
         if model in by_model and partner in by_model
     ]
     return pd.DataFrame(rows, columns=["model", "reference", *CROSSED])
@@ -156,16 +161,15 @@ def _mark(axes: Axes, line: pd.DataFrame, key: str, length: float) -> None:
     x = np.log(line["n_tokens"].to_numpy(float))
     if np.isfinite(length) and x[0] < np.log(length) <= x[-1]:
         height = np.exp(np.interp(np.log(length), x, np.log(line[key].to_numpy(float))))
-        axes.plot([length], [height], "o", mfc="none", mec=style.INK, ms=11, mew=1.4, zorder=5)
+        axes.plot([length], [height], **style.RING, ms=11, zorder=5)
 
 
-def _since(row: pd.Series, key: str, *ends: int) -> str:
-    length = row[f"cheaper_{key}"]
+def _since(length: float, first: int, last: int) -> str:
     if np.isnan(length):
         return fmt.MISSING
-    if length <= ends[0]:  # shorter ones were not measured
-        return f"at {ends[0]} tokens already"
-    return f"not within {ends[-1]} tokens" if np.isinf(length) else f"from {length:.0f} tokens"
+    if length <= first:  # shorter ones were not measured
+        return f"at {first} tokens already"
+    return f"not within {last} tokens" if np.isinf(length) else f"from {length:.0f} tokens"
 
 
 def _milliseconds(x: float) -> str:
@@ -185,6 +189,6 @@ def _protocol(study: Study) -> str:
     seen = study.generation[GENERATION_PROTOCOL].drop_duplicates()
     return "; ".join(
         f"batch {fmt.text(n)}, chunks of {fmt.text(chunk)}, {fmt.text(device)}, "
-        f"{fmt.text(threads)} thread{'' if threads == 1 else 's'}, {fmt.text(dtype)}"
+        f"{fmt.threads(threads)}, {fmt.text(dtype)}"
         for n, threads, device, dtype, chunk in seen.to_numpy()
     )

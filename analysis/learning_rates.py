@@ -1,4 +1,8 @@
-"""A search over peak learning rates: what each rate gave, the best, how flat it is around it."""
+"""A search over peak learning rates: what each rate gave, the best, how flat it is around it.
+
+The best rate is the one that `optim=searched` reads from the runs of this suite: of all finished
+runs of a model the rate with the lowest final val/loss, averaged over seeds.
+"""
 
 from collections.abc import Iterator
 
@@ -10,13 +14,21 @@ from matplotlib.axes import Axes
 
 from analysis import formats as fmt
 from analysis import style
-from analysis.plots import Plot, family_names, subtitle
-from analysis.runs import CONDITIONS
-from analysis.scaling import partners
-from analysis.study import NothingToShowError, Study, groups, loss_of
-from analysis.table import Column, Table, cell
+from analysis.families import Families
+from analysis.plots import subtitle
+from analysis.study import NothingToShowError, Study, groups, loss_of, ways_of_training
+from analysis.style import Plot
+from analysis.table import Column, Table
 
 COLUMNS = 3
+
+
+def rates_of(runs: pd.DataFrame, loss: str) -> pd.DataFrame:
+    """One row a peak rate of a model, ascending: `mean`, `min` and `max` of a loss over seeds, and
+    `is_best`."""
+    rates = runs.groupby("peak_lr")[loss].agg(["mean", "min", "max"]).reset_index()
+    chosen = runs.groupby("peak_lr")["val/loss"].mean().idxmin()
+    return rates.assign(is_best=rates["peak_lr"] == chosen)
 
 
 def optimum(rates: npt.ArrayLike, losses: npt.ArrayLike) -> tuple[float, float]:
@@ -42,41 +54,49 @@ def learning_rate_search(study: Study) -> Table:
     loss, unit = loss_of(runs)
     rows = []
     for (family, model, total), group in groups(runs, "family", "model", "parameters/total"):
-        tried = group.groupby("peak_lr")[loss].mean()
-        rates, losses = tried.index.to_numpy(float), tried.to_numpy(float)
-        at = int(losses.argmin())
+        tried = rates_of(group, loss)
+        rates, losses = tried["peak_lr"].to_numpy(float), tried["mean"].to_numpy(float)
+        at = int(tried["is_best"].argmax())
         low, high = at == 0, at == len(rates) - 1
         rate, bottom = optimum(rates, losses)
         lost = sorted(set(failed.loc[failed["model"] == model, "peak_lr"]) - set(rates))
-        beyond = [r for r in lost if (low and r < rates[at]) or (high and r > rates[at])]
+        notes = []
+        if (low and not any(r < rates[at] for r in lost)) or (
+            high and not any(r > rates[at] for r in lost)
+        ):
+            end = "lowest" if low else "highest"
+            notes.append(f"best at the {end} rate tried: try beyond {rates[at]:g}")
+        if lost:
+            notes.append(f"failed at {', '.join(map(fmt.rate, lost))}")
         rows.append({
             "family": family, "model": model, "parameters/total": total,
             "tokens": group["tokens"].mean(), "n_runs": len(group),
-            "tried": " ".join(f"{r:g}" for r in sorted([*rates, *lost])),
+            "tried": " ".join(map(fmt.rate, sorted([*rates, *lost]))),
             "peak_lr": rates[at], "loss": losses[at],
             "lower_by": np.nan if low else losses[at - 1] - losses[at],
             "higher_by": np.nan if high else losses[at + 1] - losses[at],
-            "optimum": rate, "optimum_loss": bottom,
-            "note": "; ".join([*_edge((low or high) and not beyond, low, rates[at]), *_lost(lost)]),
+            "optimum": rate, "optimum_loss": bottom, "note": "; ".join(notes),
         })  # fmt: skip
-    columns: list[Column] = [
-        ("model", cell("model")),
-        ("parameters", cell("parameters/total", fmt.short)),
-        ("tokens", cell("tokens", fmt.short)),
-        ("peak rates tried", cell("tried")),
-        ("best", cell("peak_lr", lambda x: f"{x:g}")),
-        (f"val {unit}", cell("loss", lambda x: fmt.fixed(x, 4))),
-        ("next lower", cell("lower_by", _worse)),
-        ("next higher", cell("higher_by", _worse)),
-        ("parabola", lambda r: _bottom(r["optimum"], r["optimum_loss"])),
-        ("runs", cell("n_runs")),
-        ("note", lambda r: r["note"] or fmt.MISSING),
+    columns = [
+        Column("model", "model"),
+        Column("parameters", "parameters/total", fmt.short),
+        Column("tokens", "tokens", fmt.short),
+        Column("peak rates tried", "tried"),
+        Column("best", "peak_lr", fmt.rate),
+        Column(f"val {unit}", "loss", fmt.fixed4),
+        Column("next lower", "lower_by", _worse),
+        Column("next higher", "higher_by", _worse),
+        Column("parabola", _bottom),
+        Column("runs", "n_runs"),
+        Column("note", "note", fmt.text),
     ]
     notes = [
-        "Next lower, next higher: how much worse the neighbours of the best are. Parabola: rate "
-        "and loss at its bottom, in log rate through the best and its neighbours. The best of "
-        "several is a little too good: its loss is for choosing the rate, not for comparing.",
-        *_unequal(runs, failed),
+        "Best: the lowest final val/loss, averaged over seeds; `optim=searched "
+        f"optim.from={study.suite}` trains at this rate. Next lower, next higher: how much worse "
+        "the neighbours of the best are. Parabola: rate and loss at its bottom, in log rate "
+        "through the best and its neighbours. The best of several is a little too good: its loss "
+        "is for choosing the rate, not for comparing.",
+        *_unequal(study, runs, failed),
     ]
     return Table("Search over peak learning rates", pd.DataFrame(rows), columns, notes)
 
@@ -86,30 +106,28 @@ def learning_rates(study: Study) -> Plot:
     """Final validation loss against peak learning rate: a panel a size, the best of each marked."""
     runs, failed = _searched(study)
     loss, unit = loss_of(runs)
-    panels_of = list(_by_size(runs))
-    columns = min(COLUMNS, len(panels_of))
-    rows = -(-len(panels_of) // columns)
-    title = f"{family_names(runs)}: validation loss against peak learning rate"
+    sizes = list(_by_size(study, runs))
+    title = f"{study.families.names(runs)}: validation loss against peak learning rate"
     about = subtitle(runs, "rings: best")
-    width, height = max(8.0, 1.0 + 3.6 * columns), 0.9 + 3.0 * rows
-    figure, panels = style.new_figure(title, about, rows, columns, width, height)
+    grid = style.new_grid(title, about, len(sizes), COLUMNS, panel_width=3.9, min_width=8.0)
     span = style.margins(runs["peak_lr"], 0.06)
-    for place, (axes, group) in enumerate(zip(panels, panels_of, strict=False)):
+    for axes, group in zip(grid.panels, sizes, strict=True):
         for family, line in groups(group, "family"):
-            _draw(axes, line, family, loss)
-        style.log_axis(axes, "x", *span, lambda v: f"{v:g}")
-        style.log_axis(axes, "y", *style.margins(group[loss], 0.12), lambda v: f"{v:.3g}")
-        sizes = " / ".join(map(fmt.short, group["parameters/total"].unique()))
-        axes.set_title(f"{sizes} parameters", size=10.5, loc="left", color=style.INK)
-        if place % columns == 0:
-            axes.set_ylabel(f"validation loss ({unit})")
-        if place + columns >= len(panels_of):
-            axes.set_xlabel("peak learning rate")
-    for axes in panels[len(panels_of) :]:
-        axes.set_axis_off()
-    _legend(panels, len(panels_of))
-    notes = ["Each panel has its own scale of losses, a logarithmic one.", *_unequal(runs, failed)]
-    return Plot(title, figure, notes)
+            _draw(axes, rates_of(line, loss), family, study.families)
+        style.log_axis(axes, "x", span, fmt.rate)
+        style.log_axis(axes, "y", style.margins(group[loss], 0.12), lambda v: f"{v:.3g}")
+        of_panel = " / ".join(map(fmt.short, group["parameters/total"].unique()))
+        style.title_panel(axes, f"{of_panel} parameters")
+    for axes in grid.panels[:: grid.columns]:
+        axes.set_ylabel(f"validation loss ({unit})")
+    for axes in grid.bottom:
+        axes.set_xlabel("peak learning rate")
+    lines = [axes.get_legend_handles_labels() for axes in grid.panels]
+    by_label = {label: handle for pair in lines for handle, label in zip(*pair, strict=True)}
+    place = [*grid.spare, grid.panels[0]][0]
+    place.legend(by_label.values(), by_label.keys(), loc="center" if grid.spare else "best")
+    notes = ["Each panel has its own scale of losses, a logarithmic one."]
+    return Plot(title, grid.figure, [*notes, *_unequal(study, runs, failed)])
 
 
 def _searched(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -121,8 +139,7 @@ def _searched(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     if runs.empty:
         raise NothingToShowError("no model was trained with more than one optim.peak_lr")
     # more variants than rates: something else was varied too
-    ways = runs[["variant", *CONDITIONS]].fillna("").agg(tuple, axis=1)
-    by_model = runs.assign(way=ways).groupby("model")
+    by_model = runs.assign(way=ways_of_training(runs)).groupby("model")
     mixed = by_model["way"].nunique() > by_model["peak_lr"].nunique()
     if mixed.any():
         names = ", ".join(mixed.index[mixed])
@@ -131,74 +148,48 @@ def _searched(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     return runs.reset_index(drop=True), failed.dropna(subset=["peak_lr", "budget_tokens"])
 
 
-def _by_size(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
+def _by_size(study: Study, runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
     """Each matched pair, and each model that has no partner, the smallest first."""
-    of = partners(runs)
-    leader = runs["model"].map({theirs: mine for mine, theirs in of.items()}).fillna(runs["model"])
+    leaders = {partner: model for model, partner in study.partners(runs).items()}
+    leader = runs["model"].map(leaders).fillna(runs["model"])
     size = runs["parameters/total"].groupby(leader).transform("min")
     for _, group in groups(runs.assign(size=size, leader=leader).sort_values("size"), "leader"):
         yield group.sort_values(["family", "peak_lr"], ascending=[False, True])
 
 
-def _unequal(runs: pd.DataFrame, failed: pd.DataFrame) -> list[str]:
+def _unequal(study: Study, runs: pd.DataFrame, failed: pd.DataFrame) -> list[str]:
     """A line for each pair whose sides were not searched alike: rates, tokens and seeds."""
     keys = ["model", "peak_lr", "budget_tokens", "seed"]
     searches = {
         model: set(group[keys[1:]].itertuples(index=False, name=None))
         for model, group in groups(pd.concat([runs[keys], failed[keys]]), "model")
     }
-    notes = []
-    for model, partner in partners(runs).items():
+    notes, pairs = [], study.partners(runs)
+    for model, partner in pairs.items():
         for one, other in ((model, partner), (partner, model)):
-            extra = sorted(searches[one] - searches[other])
-            if extra:
-                told = ", ".join(
+            if extra := sorted(searches[one] - searches[other]):
+                said = ", ".join(
                     f"{rate:g} ({fmt.short(n)} tokens, seed {seed:.0f})" for rate, n, seed in extra
                 )
-                notes.append(f"NOT AN EQUAL SEARCH: {one} was tried at {told}, {other} was not.")
-    searched, of = set(searches), partners(runs)
-    alone = sorted(searched - set(of) - set(of.values()))
-    if alone:
+                notes.append(f"NOT AN EQUAL SEARCH: {one} was tried at {said}, {other} was not.")
+    if alone := sorted(set(searches) - set(pairs) - set(pairs.values())):
         notes.append(f"Without a matched model that was searched too: {', '.join(alone)}.")
     return notes or ["Both models of each pair: the same rates, tokens and seeds."]
 
 
-def _draw(axes: Axes, line: pd.DataFrame, family: str, loss: str) -> None:
-    color, point = fmt.family_color(family), style.marker(family)
-    of_rate = line.groupby("peak_lr")[loss].agg(["mean", "min", "max"])
-    label = fmt.family_name(family)
-    axes.plot(of_rate.index, of_rate["mean"], color=color, marker=point, mec="white", label=label)
-    if (of_rate["max"] > of_rate["min"]).any():
-        axes.fill_between(
-            of_rate.index, of_rate["min"], of_rate["max"], color=color, alpha=0.2, lw=0
-        )
-    best = of_rate[of_rate["mean"] == of_rate["mean"].min()]
-    axes.plot(best.index, best["mean"], "o", mfc="none", mec=style.INK, ms=12, mew=1.4, zorder=4)
-
-
-def _legend(panels: list[Axes], n: int) -> None:
-    """In the empty place of the grid if there is one, else in the first panel."""
-    found = dict(
-        pair[::-1]
-        for axes in panels[:n]
-        for pair in zip(*axes.get_legend_handles_labels(), strict=True)
-    )
-    place = panels[n] if n < len(panels) else panels[0]
-    place.legend(found.values(), found.keys(), loc="center" if n < len(panels) else "best")
-
-
-def _edge(at_end: bool, low: bool, best: float) -> list[str]:
-    end = "lowest" if low else "highest"
-    return [f"best at the {end} rate tried: try beyond {best:g}"] * at_end
-
-
-def _lost(rates: list[float]) -> list[str]:
-    return [f"failed at {', '.join(f'{rate:g}' for rate in rates)}"] * bool(rates)
+def _draw(axes: Axes, rates: pd.DataFrame, family: str, families: Families) -> None:
+    style.shaded_line(
+        axes, rates, "peak_lr", color=families.color(family), marker=families.marker(family),
+        mec="white", label=families.label(family),
+    )  # fmt: skip
+    best = rates[rates["is_best"]]
+    axes.plot(best["peak_lr"], best["mean"], **style.RING, ls="", ms=12, zorder=4)
 
 
 def _worse(x: float) -> str:
-    return f"{x:+.4f}" if np.isfinite(x) else fmt.MISSING
+    return fmt.fixed(x, 4, "+")
 
 
-def _bottom(rate: float, loss: float) -> str:
+def _bottom(row: pd.Series) -> str:
+    rate, loss = row["optimum"], row["optimum_loss"]
     return f"{rate:.2g}: {loss:.4f}" if np.isfinite(rate) else fmt.MISSING

@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 
 from analysis import formats as fmt
-from analysis.study import NothingToShowError, Study, best_variants, mean_scores
-from analysis.table import Column, Table, cell
+from analysis.study import NothingToShowError, Study, mean_scores
+from analysis.table import Column, Table
 
 FOLDER = Path(__file__).with_name("published")
 SIZE_TOLERANCE = 0.03
-# The published families whose architecture is that of one of ours
+# the published families whose architecture is that of one of ours
 SAME_FAMILY = {
     "rwkv4": ("RWKV-4", "RWKV-4 before tuning"),
     "gpt": ("Pythia v0", "Pythia v1", "Pythia v1 deduped"),
@@ -47,23 +47,25 @@ def published_lines(x: str, low: float, high: float, metrics: dict[str, str]) ->
     return frame[sizes > 1].sort_values(["family", "parameters"])
 
 
+def published_notes(drawn: pd.DataFrame) -> list[str]:
+    """What a reader must know of some published lines."""
+    if not drawn["family"].eq("RWKV-4").any():
+        return []
+    return ["The paper's RWKV-4 3B and 14B were tuned at contexts of 4096 and 8192."]
+
+
 def published_gap(study: Study) -> Table:
     """Our score beside each published one of the same family, size, task and metric."""
-    if study.scores.empty:
-        raise NothingToShowError("no run has eval/*.json; run experiments.evaluate first")
-    kept, _ = best_variants(study.runs)
-    scores = mean_scores(study.scores[study.scores["run"].isin(kept["run"])])
+    runs, scores, _ = study.scored()
+    scores = mean_scores(scores)
     scores["metric"] = scores["metric"].str.removesuffix(",none")
-    scores["is_converted"] = scores["model"].map(
-        dict(zip(kept["model"], kept["status"] == "converted", strict=True))
-    )
-    theirs = load_published().add_prefix("published/")
+    scores["is_converted"] = scores["model"].isin(runs.loc[runs["converted"], "model"])
+    published = load_published().add_prefix("published/")
     on = (["task", "metric"], ["published/task", "published/metric"])
-    pairs = scores.merge(theirs, left_on=on[0], right_on=on[1])
-    families = pairs["family"].map(SAME_FAMILY)
+    pairs = scores.merge(published, left_on=on[0], right_on=on[1])
+    families = zip(pairs["family"], pairs["published/family"], strict=True)
     same = [
-        isinstance(known, tuple) and family in known
-        for known, family in zip(families, pairs["published/family"], strict=True)
+        published_family in SAME_FAMILY.get(family, ()) for family, published_family in families
     ]
     size = (pairs["published/parameters"] / pairs["parameters/total"] - 1).abs()
     pairs = pairs[np.array(same, bool) & (size <= SIZE_TOLERANCE)].reset_index(drop=True)
@@ -71,19 +73,19 @@ def published_gap(study: Study) -> Table:
         raise NothingToShowError(
             "no score of ours has a published one of the same family, size (3 %), task and metric"
         )
-    frame = pairs.assign(**_gaps(pairs))
-    columns: list[Column] = [
-        ("task", cell("task")),
-        ("metric", cell("metric")),
-        ("model", cell("model")),
-        ("score ± s.e.", lambda r: _number(r["score"], r["stderr"])),
-        ("published model", cell("published/model")),
-        ("published", cell("published/value", fmt.number)),
-        ("gap", lambda r: ("+" if r["gap"] > 0 else "") + fmt.number(r["gap"])),
-        ("gap in s.e.", cell("gap_in_se", lambda x: f"{x:+.1f}" if np.isfinite(x) else "–")),
-        ("s.e. of", cell("error_of")),
-        ("documents", cell("documents")),
-        ("source", cell("published/source")),
+    frame = pairs.drop(columns="is_converted").assign(**_gaps(pairs))
+    columns = [
+        Column("task", "task"),
+        Column("metric", "metric"),
+        Column("model", "model"),
+        Column("score ± s.e.", lambda r: fmt.plus_minus(r["score"], r["stderr"], fmt.number)),
+        Column("published model", "published/model"),
+        Column("published", "published/value", fmt.number),
+        Column("gap", "gap", lambda gap: ("+" if gap > 0 else "") + fmt.number(gap)),
+        Column("gap in s.e.", "gap_in_se", lambda x: fmt.fixed(x, 1, "+")),
+        Column("s.e. of", "error_of"),
+        Column("documents", "documents"),
+        Column("source", "published/source"),
     ]
     notes = [
         "Gap: ours minus published. s.e. of `ours`: the model was converted, so if it is that "
@@ -94,7 +96,7 @@ def published_gap(study: Study) -> Table:
         "Harness, prompts and prefix of the published scores differ from ours in part: the paper's "
         "author put a newline before each request. Same size: total parameters within 3 %.",
     ]
-    return Table("Published scores beside ours", frame.drop(columns="is_converted"), columns, notes)
+    return Table("Published scores beside ours", frame, columns, notes)
 
 
 def _gaps(pairs: pd.DataFrame) -> dict[str, pd.Series]:
@@ -102,8 +104,8 @@ def _gaps(pairs: pd.DataFrame) -> dict[str, pd.Series]:
     gap = pairs["score"] - value
     known = (pairs["metric"] != "perplexity") & n.notna()
     both = known & ~pairs["is_converted"].astype(bool)
-    theirs = (value * (1 - value) / n).where(both, 0.0)
-    error = np.sqrt(pairs["stderr"] ** 2 + theirs)
+    published_variance = (value * (1 - value) / n).where(both, 0.0)
+    error = np.sqrt(pairs["stderr"] ** 2 + published_variance)
     fewer = pairs["subset"].eq(True) | (pairs["n_documents"] < n)
     docs = [fmt.documents(*row) for row in zip(pairs["n_documents"], fewer, strict=True)]
     return {
@@ -113,7 +115,3 @@ def _gaps(pairs: pd.DataFrame) -> dict[str, pd.Series]:
         "error_of": both.map({True: "both", False: "ours"}),
         "documents": pd.Series(docs, pairs.index),
     }
-
-
-def _number(value: float, stderr: float) -> str:
-    return fmt.number(value) + (f" ± {fmt.number(stderr)}" if np.isfinite(stderr) else "")

@@ -5,59 +5,64 @@ conf/report/<suite>.yaml (or default.yaml) lists the tables and figures, a funct
 
 import base64
 import os
-import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.errors import HydraException
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from analysis.study import NothingToShowError, Study, load_study
+from analysis.style import DPI, Plot
+
 CONF = Path(__file__).resolve().parent.parent / "conf"
-ALLOWED = "analysis."
 PIXELS_PER_INCH = 116  # on the page, so that text is of one size in all figures
 
 
 def build(
-    suite: str, runs_dir: Path, contents: dict[str, str], allow_mixed: bool
+    suite: str,
+    runs_dir: Path,
+    contents: dict[str, str],
+    reference: str,
+    allow_mixed: bool = False,
 ) -> tuple[Path, str]:
-    """Write the report of one suite; return the path of its index.html and its tables as text.
+    """Write the report of one suite; what was there before stays if this fails.
 
-    ValueError or FileNotFoundError, and nothing written, for a suite without finished runs, runs
-    that do not belong in one table (unless `allow_mixed`), or a target that is no function."""
-    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", suite):
-        raise ValueError(f"suite={suite!r} is not a folder name; give suite=NAME")
+    Args:
+        contents: a function `Study -> Table | Plot` for each name of a table or figure.
+        reference: the family that the others are compared with.
+        allow_mixed: put runs into one table that do not belong there.
+
+    Returns:
+        The path of its index.html, and its tables as text.
+
+    Raises:
+        ValueError, FileNotFoundError: for a suite without finished runs, runs that do not belong
+            in one table, or a target that is no function.
+    """
     folder = runs_dir / suite
     if not folder.is_dir():
         known = sorted(p.name for p in runs_dir.glob("*") if p.is_dir())
         there = f"there are: {', '.join(known)}" if known else "nothing has been trained there"
         raise FileNotFoundError(f"no suite {suite!r} in {runs_dir}/ ({there})")
-    functions = {name: _target(name, target) for name, target in contents.items()}
-
-    from analysis.study import load_study
-
-    study = load_study(folder, allow_mixed)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".report-"))
-    try:
-        text = _write(temporary, suite, study, functions)
-        temporary.chmod(0o755)
-        _swap(temporary, folder / "report")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    functions = {name: find_target(name, target) for name, target in contents.items()}
+    study = load_study(folder, reference, allow_mixed)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as temporary:
+        new = Path(temporary, "report")
+        new.mkdir()
+        text = _write(new, suite, study, functions)
+        if (folder / "report").exists():
+            (folder / "report").rename(Path(temporary, "old"))
+        new.rename(folder / "report")
     return folder / "report" / "index.html", text
 
 
-def _write(folder: Path, suite: str, study: Any, functions: dict[str, Callable[..., Any]]) -> str:
-    from analysis.plots import Plot
-    from analysis.study import NothingToShowError
-    from analysis.style import DPI
-
+def _write(folder: Path, suite: str, study: Study, functions: dict[str, Callable[..., Any]]) -> str:
     sections, absent, texts = [], [], []
     for name, function in functions.items():
         try:
@@ -67,10 +72,9 @@ def _write(folder: Path, suite: str, study: Any, functions: dict[str, Callable[.
             continue
         section = {"name": name, "title": item.title, "notes": item.notes}
         if isinstance(item, Plot):
-            image = BytesIO()
-            item.figure.savefig(image, format="png", dpi=DPI)
-            (folder / f"{name}.png").write_bytes(image.getvalue())
-            section["image"] = base64.b64encode(image.getvalue()).decode()
+            item.figure.savefig(folder / f"{name}.png", dpi=DPI)
+            image = (folder / f"{name}.png").read_bytes()
+            section["image"] = base64.b64encode(image).decode()
             section["width"] = round(PIXELS_PER_INCH * item.figure.get_figwidth())
         else:
             (folder / f"{name}.csv").write_text(item.frame.to_csv(index=False))
@@ -83,49 +87,25 @@ def _write(folder: Path, suite: str, study: Any, functions: dict[str, Callable[.
     return "\n".join([*texts, *(f"not shown: {line}" for line in absent)])
 
 
-def _html(suite: str, study: Any, sections: list[dict[str, Any]], absent: list[str]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+def _html(suite: str, study: Study, sections: list[dict[str, Any]], absent: list[str]) -> str:
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     return environment.get_template("report.html.j2").render(
         suite=suite, n_runs=len(study.runs), n_out=len(study.left_out), sections=sections,
-        n_converted=int((study.runs["status"] == "converted").sum()), absent=absent,
+        n_converted=int(study.runs["converted"].sum()), absent=absent,
     )  # fmt: skip
 
 
-def _target(name: str, target: str) -> Callable[..., Any]:
-    """The function behind a target. Only ours: a yaml must not be able to run anything else."""
-    if not re.fullmatch(r"\w+", name) or not str(target).startswith(ALLOWED):
-        raise ValueError(f"contents.{name}={target}: a target must be a function in {ALLOWED}*")
+def find_target(name: str, target: str) -> Callable[..., Any]:
+    """The function behind a target of a report's yaml."""
     try:
         return hydra.utils.get_method(target)
     except Exception as error:
         raise ValueError(f"contents.{name}={target}: {_one_line(error)}") from None
 
 
-def _swap(new: Path, place: Path) -> None:
-    """Put `new` where `place` is. Between two renames there is neither; if the second fails, the
-    old report comes back."""
-    if not place.exists():
-        new.rename(place)
-        return
-    aside = Path(tempfile.mkdtemp(dir=place.parent, prefix=".report-old-"))
-    try:
-        place.rename(aside / "report")
-        try:
-            new.rename(place)
-        except BaseException:
-            (aside / "report").rename(place)
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def _one_line(error: BaseException) -> str:
-    text = f"{error} {error.__cause__ or ''}".split("full_key:")[
-        0
-    ]  # OmegaConf's lines for developers
+    text = f"{error} {error.__cause__ or ''}".split("full_key:")[0]  # the rest is for developers
     return " ".join(text.split()) or type(error).__name__
 
 
@@ -143,7 +123,8 @@ def _guard(function: Callable[[], Any]) -> None:
 
 def _report(cfg: DictConfig) -> None:
     contents = {name: target for name, target in cfg.contents.items() if target is not None}
-    index, text = build(cfg.suite, Path(cfg.paths.runs), contents, cfg.allow_mixed)
+    runs_dir = Path(cfg.paths.runs)
+    index, text = build(cfg.suite, runs_dir, contents, cfg.reference, cfg.allow_mixed)
     print(f"{text}\n\n{index}")
 
 
@@ -156,7 +137,7 @@ def main() -> None:
     """The command line; conf/report/<suite>.yaml is chosen here, if there is one."""
     chosen = [a.removeprefix("suite=") for a in sys.argv[1:] if a.startswith("suite=")]
     named = any(a.startswith("report=") for a in sys.argv[1:])
-    if chosen and not named and chosen[-1] and (CONF / "report" / f"{chosen[-1]}.yaml").is_file():
+    if chosen and not named and (CONF / "report" / f"{chosen[-1]}.yaml").is_file():
         sys.argv.append(f"report={chosen[-1]}")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits by itself
     _guard(_run)

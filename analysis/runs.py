@@ -4,10 +4,10 @@ Nothing here writes. A run that is missing pieces, still going or damaged never 
 becomes a row of `Study.left_out` with the reason.
 """
 
-import glob
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -15,75 +15,86 @@ import numpy as np
 import pandas as pd
 import yaml
 
-REFERENCE = "gpt"  # the family that the others are compared with, and come before
-MARKS = ("config.yaml", "manifest.json", "metrics.csv", "result.json", "error.txt")
-NOT_RUNS = {"report", "checkpoints", "eval", "bench"}
+# the files of a run directory
+CONFIG, MANIFEST, METRICS = "config.yaml", "manifest.json", "metrics.csv"
+RESULT, ERROR = "result.json", "error.txt"
+EVAL, BENCH = "eval", "bench"
+NOT_RUNS = {"report", "checkpoints", EVAL, BENCH}
+
 SPEED = ["perf/tokens_per_s", "perf/mfu", "perf/peak_mem_bytes"]
-METRICS = ["step", "tokens", "time_s", "lr", "train/loss", "train/grad_norm"]
-METRICS += ["val/loss", "val/bpb", *SPEED]
+METRICS_COLUMNS = [
+    "step", "tokens", "time_s", "lr", "train/loss", "train/grad_norm", "val/loss", "val/bpb", *SPEED
+]  # fmt: skip
 SIZES = ["parameters/total", "parameters/non_embedding", "flops_per_token"]
-# what a finished run must have, and may not leave empty, for any table to be right
-TEXTS = ("suite", "model", "family", "name")
-TRAINED_TEXTS = ("data/fingerprint", "data/tokenizer_hash")
-TRAINED = ["seed", "budget_tokens", "step", "tokens", "flops", "time_s", "val/loss"]
-OPTIONAL = ["val/bpb", "train/loss", "data/xz_bpb", "ctx_len", "batch_size", "data/seed", *SPEED]
+NUMBERS = [
+    *SIZES, "seed", "budget_tokens", "tokens", "flops", "time_s", "val/loss", "val/bpb",
+    "data/xz_bpb", "ctx_len", "batch_size", "data/seed", "peak_lr", *SPEED,
+]  # fmt: skip
+TEXTS = ["suite", "model", "family", "family_label", "data/fingerprint", "data/tokenizer_hash"]
 # how a run was trained; runs that differ here are no repeats of each other
 CONDITIONS = ["recipe/optim", "recipe/schedule", "precision"]
+DEVICE = ["device/type", "device/name", "device/n_threads", "precision", "backend"]
 ABOUT = ["run", "model", "family", "parameters/total"]
 
-# what reading a damaged or foreign file can raise
+# what reading a damaged file can raise
 BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError)
 # a build of PyYAML without libyaml has only the slower one
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+Problems = list[tuple[str, str]]  # (run, reason) of what could not be read
 
-def load_runs(path_or_glob: str | Path) -> pd.DataFrame:
-    """One row a run: manifest and result flattened with "/" (`parameters/total`, `val/bpb`), and
-    `path`, `run`, `variant` (the overrides without the seed), `peak_lr` (of config.yaml, NaN where
-    it has none or the run has not ended), `status` (finished, converted, running-or-interrupted,
-    failed, unreadable) and `reason`. A converted run has no losses; its `model` has the last part
-    of its path too, for each is a model of its own.
 
-    FileNotFoundError when there is no run at all."""
-    text = str(path_or_glob)
-    roots = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
-    found = sorted({run for root in roots for run in _run_dirs(root)})
+class State(StrEnum):
+    """What a run directory stands for: a mirror of `experiments.runs.state.State`. Files alone do
+    not say whether a run is queued or held by a process: here it is waiting or interrupted."""
+
+    DONE = "done"
+    RUNNING = "running"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+    QUEUED = "queued"
+    WAITING = "waiting"
+    DAMAGED = "damaged"
+
+
+def load_runs(folder: str | Path) -> pd.DataFrame:
+    """One row a run under a folder.
+
+    Returns:
+        Manifest and result flattened with "/" (`parameters/total`, `val/bpb`), and `path`, `run`,
+        `variant` (the overrides without the seed), `peak_lr` (NaN where there is none or the run
+        has not ended), `state`, `reason` and `converted`. A converted run has no losses; its
+        `model` has the last part of its path too, for each is a model of its own.
+
+    Raises:
+        FileNotFoundError: if there is no run at all.
+    """
+    found = sorted(_run_dirs(folder))
     if not found:
-        raise FileNotFoundError(
-            f"no runs in {text}: give a folder (or glob) that holds run directories"
-        )
+        raise FileNotFoundError(f"no runs in {folder}: give a folder that holds run directories")
     runs = pd.DataFrame([_read_run(path) for path in found])
-    for column in (*SIZES, *TRAINED, *OPTIONAL, "peak_lr"):
-        if column not in runs:
-            runs[column] = np.nan
-        runs[column] = pd.to_numeric(runs[column], errors="coerce")
-    for column in (*TEXTS, *TRAINED_TEXTS, *CONDITIONS):
-        if column not in runs:
-            runs[column] = None
-    runs["is_reference"] = runs["family"] == REFERENCE
-    order = ["is_reference", "family", "parameters/total", "run"]
-    return runs.sort_values(order, ignore_index=True).drop(columns="is_reference")
+    missing = [c for c in (*NUMBERS, *TEXTS, *CONDITIONS, *DEVICE) if c not in runs]
+    runs = runs.assign(**dict.fromkeys(missing))
+    runs[NUMBERS] = runs[NUMBERS].apply(pd.to_numeric, errors="coerce")
+    return runs.sort_values(["family", "parameters/total", "run"], ignore_index=True)
 
 
-def load_curves(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
-    """The rows of every metrics.csv, tidy, with `run`, `model`, `family` and `parameters/total`; of
-    two rows of one step and kind (train or val) the later counts. Also (run, reason) for what
-    could not be read."""
-    frames, problems = {}, []
-    abouts = list(each_run(runs))
-    for i, (path, about) in enumerate(abouts):
+def load_curves(runs: pd.DataFrame) -> tuple[pd.DataFrame, Problems]:
+    """The rows of every metrics.csv, tidy, with what each is of (ABOUT); of two rows of one step
+    and kind (train or val) the later counts."""
+    frames, problems = [], []
+    for path, about in each_run(runs):
         try:
-            frames[i], dropped = _read_metrics(path / "metrics.csv")
+            rows, n_damaged = _read_metrics(path / METRICS)
         except BROKEN as error:
-            problems.append((about["run"], f"metrics.csv: {one_line(error)}"))
+            problems.append((about["run"], f"{METRICS}: {one_line(error)}"))
             continue
-        if dropped:
-            problems.append((about["run"], f"metrics.csv: {dropped} damaged rows skipped"))
+        frames.append(rows.assign(**about))
+        if n_damaged:
+            problems.append((about["run"], f"{METRICS}: {n_damaged} damaged rows skipped"))
     if not frames:
-        return pd.DataFrame(columns=[*METRICS, *ABOUT]), problems
-    curves = pd.concat(frames)
-    owners = runs[ABOUT].take(curves.index.get_level_values(0).to_numpy()).reset_index(drop=True)
-    return pd.concat([curves.reset_index(drop=True), owners], axis=1), problems
+        return pd.DataFrame(columns=[*METRICS_COLUMNS, *ABOUT]), problems
+    return pd.concat(frames, ignore_index=True), problems
 
 
 def each_run(runs: pd.DataFrame) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -92,111 +103,92 @@ def each_run(runs: pd.DataFrame) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield Path(path), dict(zip(ABOUT, about, strict=True))
 
 
-def _run_dirs(root: str) -> Iterator[str]:
+def read_each(
+    runs: pd.DataFrame, pattern: str, read: Callable[[Path], list[dict[str, Any]]]
+) -> tuple[list[dict[str, Any]], Problems]:
+    """The rows that `read` finds in the files of every run that match `pattern`."""
+    rows, problems = [], []
+    for path, about in each_run(runs):
+        for file in sorted(path.glob(pattern)):
+            try:
+                rows += [about | row for row in read(file)]
+            except BROKEN as error:
+                problems.append((about["run"], f"{file.relative_to(path)}: {one_line(error)}"))
+    return rows, problems
+
+
+def _run_dirs(root: str | Path) -> Iterator[Path]:
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [s for s in subfolders if s not in NOT_RUNS and not s.startswith(".")]
-        if any(mark in files for mark in MARKS):
+        if {CONFIG, MANIFEST, RESULT, ERROR} & set(files):
             subfolders.clear()
-            yield folder
+            yield Path(folder)
 
 
-def _read_run(path: str) -> dict[str, Any]:
-    folder = Path(path)
-    row: dict[str, Any] = {
-        "path": path,
-        "run": "/".join(folder.parts[-3:]),
-        "variant": "",
-        "reason": "",
-    }
-    manifest, result = folder / "manifest.json", folder / "result.json"
+def _read_run(folder: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {"path": str(folder), "run": "/".join(folder.parts[-3:])}
+    row |= {"variant": "", "reason": "", "converted": False}
     try:
-        if manifest.exists():
-            row |= _flat(read_json(manifest))
-        if result.exists():
-            row |= _flat(read_json(result))
-            converted = row.get("converted") is True
-            _check_finished(row, converted)
-            row["run"] = row["name"]
-            last = row["name"].rsplit("/", 1)[-1]
-            if converted:
-                return row | _converted(row, last)
-            row["variant"] = ",".join(o for o in last.split(",") if not o.startswith("seed="))
-            return row | {"status": "finished", "peak_lr": _peak_lr(folder / "config.yaml")}
-    except (OSError, ValueError) as error:
-        return row | {"status": "unreadable", "reason": one_line(error)}
-    if (folder / "error.txt").exists():
-        lines = (folder / "error.txt").read_text(errors="replace").strip().splitlines()
-        return row | {
-            "status": "failed",
-            "peak_lr": _peak_lr(folder / "config.yaml"),
-            "reason": (lines or ["error.txt is empty"])[0].strip()[:200],  # a traceback follows
-        }
-    return row | {"status": "running-or-interrupted", "reason": _progress(folder / "metrics.csv")}
+        if (folder / MANIFEST).exists():
+            row |= _flat(read_json(folder / MANIFEST))
+        if (folder / RESULT).exists():
+            return row | _finished(row | _flat(read_json(folder / RESULT)), folder)
+        if (folder / ERROR).exists():
+            reason = (folder / ERROR).read_text().strip().partition("\n")[0]  # a traceback follows
+            return row | {
+                "state": State.FAILED, "reason": reason, "peak_lr": _peak_lr(folder)
+            }  # fmt: skip
+    except BROKEN as error:
+        return row | {"state": State.DAMAGED, "reason": one_line(error)}
+    return row | _unfinished(folder)
 
 
-def _check_finished(row: dict[str, Any], converted: bool) -> None:
-    for key in TEXTS if converted else (*TEXTS, *TRAINED_TEXTS):
-        if not isinstance(row.get(key), str):
-            raise ValueError(f"manifest.json lacks {key}")
-    for key in SIZES if converted else [*SIZES, *TRAINED]:
-        value = row.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
-            raise ValueError(f"manifest.json and result.json have {key}={value!r}, not a number")
+def _finished(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    row |= {"state": State.DONE, "run": row["name"]}
+    last = row["name"].rpartition("/")[2]
+    if not row["converted"]:
+        row["variant"] = ",".join(o for o in last.split(",") if not o.startswith("seed="))
+        return row | {"peak_lr": _peak_lr(folder)}
+    tokens = row["converted/training_tokens"]
+    tokens = np.nan if tokens is None else tokens
+    flops = tokens * row["flops_per_token"]
+    return row | {"model": f"{row['model']}/{last}", "tokens": tokens, "flops": flops}
 
 
-def _peak_lr(config: Path) -> float:
+def _peak_lr(folder: Path) -> float:
+    return float(yaml.load((folder / CONFIG).read_text(), YAML_LOADER)["optim"]["peak_lr"])
+
+
+def _unfinished(folder: Path) -> dict[str, Any]:
+    """The state of a run without a result; whether a process holds it is not for us to know."""
+    if not (folder / MANIFEST).exists():
+        return {"state": State.WAITING, "reason": "training has not begun"}
     try:
-        return float(yaml.load(config.read_text(), YAML_LOADER)["optim"]["peak_lr"])
-    except (*BROKEN, yaml.YAMLError):
-        return np.nan
-
-
-def _converted(row: dict[str, Any], last: str) -> dict[str, Any]:
-    tokens = row.get("converted/training_tokens")
-    tokens = tokens if isinstance(tokens, int | float) else np.nan
-    about = {"status": "converted", "model": f"{row['model']}/{last}", "tokens": tokens}
-    return about | {"flops": tokens * row["flops_per_token"]}
-
-
-def _progress(metrics: Path) -> str:
-    try:
-        frame, _ = _read_metrics(metrics)
-    except (OSError, ValueError):
-        return "no result.json, no readable metrics.csv yet"
-    if frame.empty:
-        return "no result.json, no metrics yet"
-    return f"no result.json; reached step {int(frame['step'].max())}"
+        steps = _read_metrics(folder / METRICS)[0]["step"]
+        reached = f"reached step {steps.max():.0f}" if len(steps) else "no metrics yet"
+    except BROKEN:
+        reached = f"no readable {METRICS}"
+    return {"state": State.INTERRUPTED, "reason": f"no {RESULT} (or still running); {reached}"}
 
 
 def _read_metrics(path: Path) -> tuple[pd.DataFrame, int]:
-    """The rows, and how many were damaged; the first parse is fast and nearly always enough."""
-    try:
-        frame = pd.read_csv(path, dtype="float64", index_col=False)
-        n_lines = len(frame)
-    except (ValueError, pd.errors.ParserError):
-        frame = pd.read_csv(path, dtype="str", on_bad_lines="skip", index_col=False)
-        n_lines = (
-            sum(1 for line in path.read_text(errors="replace").splitlines() if line.strip()) - 1
-        )
-        cells = frame.apply(pd.to_numeric, errors="coerce")
-        frame = cells[~(cells.isna() & frame.notna()).any(axis=1)]
-    if list(frame.columns) != METRICS:
-        raise ValueError("its first line is not the list of columns in CONTRIBUTING.md")
-    frame = frame[frame["step"].notna() & frame["tokens"].notna()]
-    dropped = n_lines - len(frame)
+    """The rows, and how many were damaged."""
+    raw = pd.read_csv(path, on_bad_lines="skip", index_col=False)
+    frame = raw.apply(pd.to_numeric, errors="coerce").astype("float64")
+    whole = ~(frame.isna() & raw.notna()).any(axis=1) & frame[["step", "tokens"]].notna().all(
+        axis=1
+    )
+    frame = frame[whole]
     kinds = pd.DataFrame({"step": frame["step"], "is_val": frame["val/loss"].notna()})
-    return frame[~kinds.duplicated(keep="last")], dropped
+    return frame[~kinds.duplicated(keep="last")], int((~whole).sum())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError in one line when it holds none."""
+    """The object in a JSON file; ValueError in one line if it is damaged."""
     try:
-        content = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except ValueError as error:  # also a UnicodeDecodeError
         raise ValueError(f"{path.name} is not JSON: {one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is not a JSON object")
-    return content
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Power laws of loss against size or compute, and the loss gap of matched pairs, with intervals.
+"""Power laws of loss against size or compute, with intervals.
 
 The unit of a fit is a size: repeats (seeds) of a size are averaged first, because what bends a
 curve away from a power law is shared by all seeds of that size, and counting every seed as a point
@@ -9,15 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from scipy.special import stdtrit  # the t quantile, without the seconds scipy.stats takes to import
-
-from analysis import formats as fmt
-from analysis.runs import CONDITIONS, REFERENCE, SIZES
 
 LEVEL = 0.95
 MIN_SIZES_IRREDUCIBLE = 6
-MATCH_TOLERANCE = 0.10
 
 Array = npt.NDArray[np.float64]
 
@@ -64,20 +59,17 @@ class PowerLaw:
 
 
 def fit_power_law(x: npt.ArrayLike, y: npt.ArrayLike, irreducible: bool = False) -> PowerLaw:
-    """Least squares in log y over distinct sizes x (repeats averaged), c = 0 unless `irreducible`.
+    """Least squares in log y over distinct sizes x (repeats averaged).
 
-    ValueError for fewer than 2 sizes (6 with `irreducible`) and values that are not positive."""
+    Args:
+        x: sizes, (n,), at least 2 distinct ones (6 if `irreducible`).
+        y: losses, (n,).
+        irreducible: fit c too; else it is 0.
+    """
     x, y = np.asarray(x, float), np.asarray(y, float)
-    if not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all()):
-        raise ValueError("a power law needs positive, finite sizes and losses")
     sizes, which = np.unique(x, return_inverse=True)
     n = len(sizes)
-    if n < 2:
-        raise ValueError(f"a power law needs at least 2 sizes, there are {n}")
-    if irreducible and n < MIN_SIZES_IRREDUCIBLE:
-        raise ValueError(
-            f"an irreducible term needs at least {MIN_SIZES_IRREDUCIBLE} sizes, there are {n}"
-        )
+    assert n >= (MIN_SIZES_IRREDUCIBLE if irreducible else 2), f"a power law over {n} sizes"
     log_y = np.bincount(which, np.log(y)) / np.bincount(which)
     log_x = np.log(sizes)
     center = float(log_x.mean())
@@ -155,74 +147,3 @@ def exponent_difference(
     variance = float(signs @ (covariance * np.inner(weights, weights)) @ signs)
     half = float(stdtrit(freedom, 0.5 + LEVEL / 2)) * np.sqrt(max(variance, 0.0))
     return difference, difference - half, difference + half
-
-
-def partners(runs: pd.DataFrame) -> dict[str, str]:
-    """Each model's partner: of the reference family's (GPT's) models, trained here or converted
-    like itself, the nearest in total parameters, if it differs by 10 % at most."""
-    found = {}
-    for _, alike in runs.groupby(runs["status"] == "converted"):
-        models = alike.drop_duplicates(["family", "model"]).set_index("model")
-        is_reference = models["family"] == REFERENCE
-        reference = models.loc[is_reference, "parameters/total"]
-        for model, size in models.loc[~is_reference, "parameters/total"].items():
-            mismatch = (reference / size - 1).abs()
-            if len(reference) and mismatch.min() <= MATCH_TOLERANCE:
-                found[str(model)] = str(mismatch.idxmin())
-    return found
-
-
-def matched_pairs(runs: pd.DataFrame, loss: str) -> pd.DataFrame:
-    """One row a pair of `partners`: both sides' sizes, tokens, peak rate and mean `loss`, and the
-    gap, model minus reference, with a 95 % t interval over the seeds they share, in the unit of the
-    loss and (`percent`, ...) of the reference's. The interval is NaN for one seed, and where the
-    two were trained differently (`note` says how): nothing but the model, and a peak learning rate
-    that was chosen in the same way for both, may differ in a pair of runs."""
-    rows = []
-    for model, partner in partners(runs).items():
-        mine, theirs = runs[runs["model"] == model], runs[runs["model"] == partner]
-        row = {"family": mine["family"].iloc[0], "model": model, "reference": partner}
-        for measure in [*SIZES, "tokens", "peak_lr"]:
-            row[measure] = mine[measure].iloc[0]
-            row[f"reference/{measure}"] = theirs[measure].iloc[0]
-        row["loss"], row["reference/loss"] = mine[loss].mean(), theirs[loss].mean()
-        for side, part in (("", mine), ("reference/", theirs)):
-            row[f"{side}n_variants"] = part["n_variants"].iloc[0]
-        unlike = _differences(mine.iloc[0], theirs.iloc[0])
-        sides = [side.groupby("seed")[loss].mean() for side in (mine, theirs)]
-        gap, ratio = seed_gap(*sides), seed_gap(*(np.log(side) for side in sides))
-        for key in ("gap", "gap_low", "gap_high"):
-            gap[key.replace("gap", "percent")] = 100 * float(np.expm1(ratio[key]))
-        if unlike:
-            note = f"not alike in {', '.join(unlike)}: no interval"
-            ends = ("gap_low", "gap_high", "percent_low", "percent_high")
-            gap |= dict.fromkeys(ends, np.nan) | {"note": note}
-        rows.append(row | gap)
-    return pd.DataFrame(rows)
-
-
-def _differences(mine: pd.Series, theirs: pd.Series) -> list[str]:
-    columns = [*CONDITIONS, "budget_tokens"]
-    # the recipe may choose the rates, or the same search; else nobody knows what did
-    if mine["variant"] != theirs["variant"] and mine["tried"] != theirs["tried"]:
-        columns.append("peak_lr")
-    sides = [(c.split("/")[-1], fmt.text(mine[c]), fmt.text(theirs[c])) for c in columns]
-    return [f"{name} ({a} / {b})" for name, a, b in sides if a != b]
-
-
-def seed_gap(mine: pd.Series, theirs: pd.Series) -> dict[str, float | int | str]:
-    """`mine - theirs` over the seeds (index) both have: mean, 95 % paired t interval, note."""
-    difference = (mine - theirs).dropna()
-    n = len(difference)
-    if n == 0:
-        gap = float(mine.mean() - theirs.mean())
-        return _gap(gap, np.nan, 0, "no seed in common: no interval")
-    gap = float(difference.mean())
-    if n == 1:
-        return _gap(gap, np.nan, 1, "one seed: no interval")
-    half = float(stdtrit(n - 1, 0.5 + LEVEL / 2) * difference.std(ddof=1) / np.sqrt(n))
-    return _gap(gap, half, n, "one degree of freedom" if n == 2 else "")
-
-
-def _gap(gap: float, half: float, n: int, note: str) -> dict[str, float | int | str]:
-    return {"gap": gap, "gap_low": gap - half, "gap_high": gap + half, "n_seeds": n, "note": note}

@@ -63,7 +63,7 @@ def sign_flip(tasks: Sequence[Differences], seed: int = 0, resamples: int = RESA
 def bootstrap(
     tasks: Sequence[Differences], seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """95 % interval of the unweighted mean over tasks of the differences, documents drawn anew
+    """95 % interval of the unweighted mean over tasks of the differences, documents resampled
     within each task (percentiles). NaN when no document of any task tells the models apart."""
     if not any(task.values.any() for task in tasks):
         return np.nan, np.nan

@@ -10,8 +10,9 @@ import pandas as pd
 
 from analysis import formats as fmt
 from analysis.evaluations import GENERATION_PROTOCOL, load_generation, load_scores
-from analysis.runs import CONDITIONS, load_curves, load_runs
-from analysis.scaling import partners
+from analysis.families import Families
+from analysis.matching import TOLERANCE_SAID, matched_pairs, partners
+from analysis.runs import CONDITIONS, State, load_curves, load_runs
 
 SAME = {
     "data/fingerprint": "data fingerprint",
@@ -27,75 +28,141 @@ class NothingToShowError(Exception):
 
 
 @dataclass(frozen=True)
+class Losses:
+    """Trained runs whose losses may be compared, of each model the best variant only (`notes` says
+    which), and the column to compare: bits per byte where all have it, else nats per token."""
+
+    runs: pd.DataFrame
+    column: str
+    unit: str
+    notes: list[str]
+
+
+@dataclass(frozen=True)
 class Study:
-    """What a report is made of: `runs` has finished and converted runs only, one a row."""
+    """What a report is made of.
+
+    Attributes:
+        runs: finished and converted runs only, one a row; those of the reference come last.
+        left_out: columns run, state, reason.
+        failed: as `runs`; without losses.
+    """
 
     suite: str
+    families: Families
     runs: pd.DataFrame
     curves: pd.DataFrame
     scores: pd.DataFrame
     generation: pd.DataFrame
-    left_out: pd.DataFrame  # columns run, status, reason
-    failed: pd.DataFrame  # as `runs`; without losses
+    left_out: pd.DataFrame
+    failed: pd.DataFrame
 
     @property
     def trained(self) -> pd.DataFrame:
         """The runs that have losses; raises NothingToShowError if all were converted."""
-        trained = self.runs[self.runs["status"] == "finished"].reset_index(drop=True)
+        trained = self.runs[~self.runs["converted"]].reset_index(drop=True)
         if trained.empty:
             raise NothingToShowError("no run of this suite was trained here, all are converted")
         return trained
 
+    @property
+    def losses(self) -> Losses:
+        """The trained runs to compare; raises NothingToShowError if all were converted."""
+        runs, notes = best_variants(self.trained)
+        return Losses(runs, *loss_of(runs), notes)
 
-def load_study(path: str | Path, allow_mixed: bool = False) -> Study:
-    """Everything under `path` (a suite's folder or a glob).
+    def partners(self, runs: pd.DataFrame) -> dict[str, str]:
+        """The model of the reference family that each model is compared with."""
+        return partners(runs, self.families.reference)
 
-    ValueError when no run has finished or, unless `allow_mixed`, when trained runs differ in data
-    and the order of it, tokenizer or batch, those of a matched pair in token budget, or any runs in
-    how they were scored or timed."""
+    def pairs(self, losses: Losses) -> pd.DataFrame:
+        """The matched pairs; raises NothingToShowError if there is none."""
+        pairs = matched_pairs(losses.runs, losses.column, self.families.reference)
+        if pairs.empty:
+            label = self.families.reference_label
+            raise NothingToShowError(f"no model has a {label} {TOLERANCE_SAID}")
+        return pairs
+
+    def scored(self) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+        """The runs to compare, their scores, and which variants were chosen; raises
+        NothingToShowError if nothing was scored."""
+        if self.scores.empty:
+            raise NothingToShowError("no run has eval/*.json; run experiments.evaluate first")
+        kept, notes = best_variants(self.runs)
+        return kept, self.scores[self.scores["run"].isin(kept["run"])], notes
+
+
+def load_study(path: str | Path, reference: str, allow_mixed: bool = False) -> Study:
+    """Read everything under a suite's folder or a glob.
+
+    Args:
+        reference: the family that the others are compared with.
+        allow_mixed: put runs into one table that do not belong there.
+
+    Raises:
+        ValueError: if no run has finished or, unless `allow_mixed`, if trained runs differ in data
+            and the order of it, tokenizer or batch, those of a matched pair in token budget, or any
+            runs in how they were scored or timed.
+    """
     runs = load_runs(path)
-    is_done = runs["status"].isin(["finished", "converted"])
+    # a stable sort: the reference after the others
+    runs = runs.sort_values("family", kind="stable", key=lambda family: family == reference)
+    is_done = runs["state"] == State.DONE
     done = runs[is_done].reset_index(drop=True)
     if done.empty:
-        states = ", ".join(f"{n} {state}" for state, n in runs["status"].value_counts().items())
+        states = ", ".join(f"{n} {state}" for state, n in runs["state"].value_counts().items())
         raise ValueError(f"no finished run in {path} ({states}); train first, or wait")
-    trained = done[done["status"] == "finished"].reset_index(drop=True)
+    trained = done[~done["converted"]].reset_index(drop=True)
     curves, bad_curves = load_curves(trained)
     scores, bad_scores = load_scores(done)
     generation, bad_generation = load_generation(done)
     if not allow_mixed:
-        _refuse_mixed(trained, scores, generation)
-    rest = runs.loc[~is_done, ["run", "status", "reason"]]
-    status = dict(zip(done["run"], done["status"], strict=True))
-    bad = bad_curves + bad_scores + bad_generation
-    partly = [(run, status[run], why) for run, why in bad]
-    left_out = pd.concat([rest, pd.DataFrame(partly, columns=rest.columns)], ignore_index=True)
-    failed = runs[runs["status"] == "failed"].reset_index(drop=True)
-    return Study(str(done["suite"].iloc[0]), done, curves, scores, generation, left_out, failed)
+        _refuse_mixed(trained, reference, scores, generation)
+    rest = runs.loc[~is_done, ["run", "state", "reason"]]
+    bad = [(run, State.DONE, why) for run, why in bad_curves + bad_scores + bad_generation]
+    return Study(
+        suite=str(done["suite"].iloc[0]),
+        families=Families.of(done, reference),
+        runs=done,
+        curves=curves,
+        scores=scores,
+        generation=generation,
+        left_out=pd.concat([rest, pd.DataFrame(bad, columns=rest.columns)], ignore_index=True),
+        failed=runs[runs["state"] == State.FAILED].reset_index(drop=True),
+    )
 
 
 def loss_of(runs: pd.DataFrame) -> tuple[str, str]:
     """The column to compare and its unit: bits/byte where all trained runs have it, else
     nats/token."""
-    if runs.loc[runs["status"] == "finished", "val/bpb"].notna().all():
+    if runs.loc[~runs["converted"], "val/bpb"].notna().all():
         return "val/bpb", "bits/byte"
     return "val/loss", "nats/token"
 
 
+def ways_of_training(runs: pd.DataFrame) -> pd.Series:
+    """The variant and conditions of each run, as a tuple: runs of a model that differ here are no
+    repeats of each other."""
+    return runs[["variant", *CONDITIONS]].fillna("").agg(tuple, axis=1)
+
+
 def best_variants(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Of a model whose runs differ in more than the seed, only the variant of lowest mean loss, and
-    a line that says so: repeats differ in nothing but the seed. `tried` names the variants the
-    model has, `n_variants` is how many."""
+    """Of a model whose runs differ in more than the seed, only the variant of lowest mean loss.
+
+    Returns:
+        The runs, with `tried` (the variants the model has) and `n_variants` (how many); and a line
+        for each model that has more than one.
+    """
     loss, _ = loss_of(runs)
     kept, notes = [], []
     for model, group in runs.groupby("model", sort=False):
-        variant = group[["variant", *CONDITIONS]].fillna("").agg(tuple, axis=1)
+        variant = ways_of_training(group)
         means = group.groupby(variant)[loss].mean()
         of_loss = variant.map(means)  # converted: no loss, and no second variant
         best = variant.iloc[int(of_loss.argmin()) if of_loss.notna().any() else 0]
         if len(means) > 1:
-            told = [at for at, c in enumerate(CONDITIONS, 1) if group[c].nunique(dropna=False) > 1]
-            name = ", ".join([best[0] or "no overrides", *(best[at] for at in told)])
+            said = [at for at, c in enumerate(CONDITIONS, 1) if group[c].nunique(dropna=False) > 1]
+            name = ", ".join([best[0] or "no overrides", *(best[at] for at in said)])
             notes.append(f"{model}: best of {len(means)} variants by {loss}: {name}.")
         tried = "; ".join(sorted(",".join(v) for v in means.index))
         kept.append(group[variant == best].assign(n_variants=len(means), tried=tried))
@@ -145,14 +212,16 @@ def mean_scores(scores: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _refuse_mixed(runs: pd.DataFrame, scores: pd.DataFrame, generation: pd.DataFrame) -> None:
+def _refuse_mixed(
+    trained: pd.DataFrame, reference: str, scores: pd.DataFrame, generation: pd.DataFrame
+) -> None:
     for column, name in SAME.items():
-        _refuse(runs[runs[column].notna()], column, name)  # old manifests lack some
-    partner = partners(runs)
-    for model in runs["model"].unique():
+        _refuse(trained, column, name)
+    partner = partners(trained, reference)
+    for model in trained["model"].unique():
         pair = list(dict.fromkeys((model, partner.get(model, model))))
         name = f"token budget of {' and '.join(pair)}"
-        _refuse(runs[runs["model"].isin(pair)], "budget_tokens", name)
+        _refuse(trained[trained["model"].isin(pair)], "budget_tokens", name)
     for task, group in scores.groupby("task"):
         for column in protocol_columns(group):
             _refuse(group, column, f"{column.removeprefix('protocol/')} of {task}")

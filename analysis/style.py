@@ -1,20 +1,19 @@
-"""How figures look: titles, ticks on logarithmic axes, a colour per family, a shade per size."""
+"""How figures look: titles, grids of panels, ticks on logarithmic axes, labels at ends of lines."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
-from analysis import formats as fmt
-
 DPI = 150
 INK, MUTED, FAINT, GRID = "#222222", "#666666", "#9a9a9a", "#e4e4e4"
-MARKERS = {"rwkv4": "o", "gpt": "s"}
+RING: dict[str, Any] = {"marker": "o", "mfc": "none", "mec": INK, "mew": 1.4}
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -36,6 +35,15 @@ STYLE: dict[Any, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Plot:
+    """A figure, its title, and what a reader must know beside it."""
+
+    title: str
+    figure: Figure
+    notes: list[str] = field(default_factory=list)
+
+
 def new_figure(
     title: str,
     subtitle: str,
@@ -55,32 +63,64 @@ def new_figure(
     return figure, list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
 
 
-def shade(family: str, rank: int, n: int) -> tuple[float, float, float]:
-    """The family's colour, lighter for smaller sizes: `rank` 0 is the smallest of n."""
-    weight = 1.0 if n == 1 else 0.35 + 0.65 * rank / (n - 1)
-    red, green, blue = (1 - weight * (1 - c) for c in to_rgb(fmt.family_color(family)))
-    return red, green, blue
+@dataclass(frozen=True)
+class Grid:
+    """A figure of panels of one kind, in reading order, and the empty places at its end."""
+
+    figure: Figure
+    panels: list[Axes]
+    spare: list[Axes]
+    columns: int
+
+    @property
+    def bottom(self) -> list[Axes]:
+        """The panels with none below them."""
+        return self.panels[-self.columns :]
 
 
-def marker(family: str) -> str:
-    """A family's marker, so that families differ in print without colour too."""
-    return MARKERS.get(family, "D")
+def new_grid(
+    title: str, subtitle: str, n: int, columns: int, panel_width: float, min_width: float
+) -> Grid:
+    """A figure of `n` panels of 3 inches in height, at most `columns` side by side."""
+    columns = min(n, columns)
+    rows = -(-n // columns)
+    width, height = max(min_width, panel_width * columns), 0.9 + 3.0 * rows
+    figure, panels = new_figure(title, subtitle, rows, columns, width, height)
+    for axes in panels[n:]:
+        axes.set_axis_off()
+    return Grid(figure, panels[:n], panels[n:], columns)
+
+
+def title_panel(axes: Axes, title: str) -> None:
+    """A small title at the left of a panel."""
+    axes.set_title(title, size=10.5, loc="left", color=INK)
+
+
+def shaded_line(axes: Axes, line: pd.DataFrame, x: str, **look: Any) -> None:
+    """The column `mean` against `x`, with the range from `min` to `max` shaded if there is one."""
+    axes.plot(line[x], line["mean"], **look)
+    if (line["max"] > line["min"]).any():
+        axes.fill_between(line[x], line["min"], line["max"], color=look["color"], alpha=0.2, lw=0)
 
 
 def log_axis(
     axes: Axes,
     which: str,
-    low: float,
-    high: float,
+    limits: tuple[float, float],
     write: Callable[[float], str],
     binary: bool = False,
     fewest: int = 4,
 ) -> None:
-    """Make the "x" or "y" axis logarithmic from `low` to `high` with few, round ticks (powers
-    of two if `binary`), `fewest` where the range allows."""
-    getattr(axes, f"set_{which}scale")("log")
-    getattr(axes, f"set_{which}lim")(low, high)
-    axis = getattr(axes, f"{which}axis")
+    """Make an axis logarithmic, with few, round ticks.
+
+    Args:
+        which: "x" or "y".
+        binary: powers of two as ticks.
+        fewest: how many ticks there are at least, where the range allows.
+    """
+    low, high = limits
+    axes.set(**{f"{which}scale": "log", f"{which}lim": limits})
+    axis = axes.xaxis if which == "x" else axes.yaxis
     ticks = binary_ticks(low, high) if binary else log_ticks(low, high, fewest)
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter(FixedFormatter([write(tick) for tick in ticks]))
@@ -106,9 +146,20 @@ def binary_ticks(low: float, high: float) -> list[float]:
     return [2.0**e for e in exponents if e % -(-len(exponents) // 8) == 0]
 
 
+def margins(values: Iterable[float], share: float = 0.06) -> tuple[float, float]:
+    """Limits that leave `share` of the logarithmic range free on both sides, and at least 5 %."""
+    logs = np.log(np.fromiter(values, float))
+    pad = max(share * float(np.ptp(logs)), 0.05)
+    return float(np.exp(logs.min() - pad)), float(np.exp(logs.max() + pad))
+
+
 def labels_at_ends(axes: Axes, ends: list[tuple[float, float, str]], gap: float = 0.06) -> None:
-    """Name lines by small labels in a column right of their ends, (y, x, text) each, at least `gap`
-    of the axis' height apart and within the axis, a hair from each to the end it names."""
+    """Name lines by small labels in a column right of their ends.
+
+    Args:
+        ends: (y, x, text) of each line; x is logarithmic.
+        gap: the least distance between labels, as a share of the height of the axis.
+    """
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     ends = sorted(ends)
@@ -125,16 +176,12 @@ def labels_at_ends(axes: Axes, ends: list[tuple[float, float, str]], gap: float 
         )  # fmt: skip
 
 
-def margins(values: Iterable[float], share: float = 0.06) -> tuple[float, float]:
-    """Limits that leave `share` of the logarithmic range free on both sides, and at least 5 %."""
-    logs = np.log(np.fromiter(values, float))
-    pad = max(share * float(np.ptp(logs)), 0.05)
-    return float(np.exp(logs.min() - pad)), float(np.exp(logs.max() + pad))
-
-
-def power_of_ten(x: float) -> str:
-    """A tick like 10^13 or 3 x 10^13."""
-    power = int(np.floor(np.log10(x) + 1e-9))
-    mantissa = x / 10**power
-    head = "" if abs(mantissa - 1) < 1e-6 else rf"{mantissa:.3g}{{\times}}"
-    return rf"${head}10^{{{power}}}$"
+def text_at_line(axes: Axes, y: float, text: str, x: float = 0.985, above: bool = True) -> None:
+    """Small text above or below a horizontal line; `x` is a share of the width of the axis, which
+    the text ends at, or begins at in the left half."""
+    axes.annotate(
+        text, (x, y), (0, 3 if above else -3), xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points", ha="right" if x > 0.5 else "left",
+        va="bottom" if above else "top", size=8.5, color=MUTED,
+        bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1.0},  # over lines and bands
+    )  # fmt: skip

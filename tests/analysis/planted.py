@@ -1,14 +1,7 @@
-"""Writes run directories as CONTRIBUTING.md describes them, with numbers chosen by the test.
-
-Run as a script it prints how long a report over 200 recorded runs takes.
-"""
+"""Writes run directories as CONTRIBUTING.md describes them, with numbers chosen by the test."""
 
 import json
 import math
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +20,7 @@ MODELS: dict[str, tuple[str, int, int, int, int, float]] = {
     "gpt_micro": ("gpt", 4, 128, 931_000, 866_000, 2.47),
     "gpt_tiny": ("gpt", 6, 256, 5_310_000, 5_160_000, 2.15),
 }
+LABELS = {"rwkv4": "RWKV-4", "gpt": "GPT"}
 TOKENS = 1_000_000
 PROTOCOL_HASH = "c0ffee"
 # the paper's tasks: headline metric, official number of documents, chance (0 where unknown)
@@ -38,7 +32,7 @@ PAPER = {
     "record": ("em", 10000, 0.0), "sciq": ("acc", 1000, 0.25), "winogrande": ("acc", 1267, 0.5),
 }  # fmt: skip
 # model: family, parameters, training FLOPs a token
-OUTSIDE: dict[str, tuple[str, int, int]] = {
+EXTERNAL: dict[str, tuple[str, int, int]] = {
     "rwkv4_169m": ("rwkv4", 169_342_464, 784_802_304),
     "rwkv4_430m": ("rwkv4", 430_397_440, 2_274_637_824),
     "rwkv4_1b5": ("rwkv4", 1_515_106_304, 8_475_144_192),
@@ -83,14 +77,16 @@ def write_run(
     }  # fmt: skip
     manifest = {
         "suite": suite, "model": model, "family": family, "name": f"{suite}/{model}/{tag}",
-        "seed": seed, "config_hash": f"{seed:x}", "created": "2026-01-01T00:00:00",
+        "family_label": LABELS.get(family, family), "seed": seed,
+
+        "config_hash": f"{seed:x}", "created": "2026-01-01T00:00:00",
         "data": about_data | (data or {}),
         "parameters": {"total": total, "non_embedding": non_embedding},
         "n_layer": n_layer, "n_embd": n_embd, "ctx_len": 256, "batch_size": 16,
         "budget_tokens": TOKENS,
         "flops_per_token": flops_per_token,
         "recipe": {"optim": "shared", "schedule": "shared"}, "precision": "32-true",
-        "wkv_backend": "cpu", "versions": {"python": "3.11", "torch": "2.13", "lightning": "2.6"},
+        "backend": "cpu", "versions": {"python": "3.11", "torch": "2.13", "lightning": "2.6"},
         "git": {"commit": None, "dirty": None},
         "device": {"type": "cpu", "name": "Some CPU", "n_devices": 1, "n_threads": 2,
                    "peak_flops": 1e11, "peak_source": "measured"},
@@ -135,13 +131,12 @@ def write_eval(
         "results": {task: {"alias": task, "sample_len": 500, **metrics}},
         "versions": {task: 1.0}, "n-shot": {task: 0},
         "config": {task: {"task": task, "metadata": {} if chance is None else {"chance": chance}}},
-        "n-samples": {task: {"original": 500, "effective": 500}},
         "protocol": {
             "lm_eval": "0.4.13", "checkpoint": "last", "weights": run.name[:6] + "0" * 10,
             "prefix": "none", "dtype": "float32", "device": "cpu", "max_ctx": None,
             "rolling_ctx": 256, "num_fewshot": 0, "limit": None, "gen_kwargs": None,
             "bootstrap_iters": 1000, "seed": 0, "data": "f" * 16, "task_version": 1,
-            "n_truncated": 0, "time_s": 0.5,
+            "n_truncated": 0, "time_s": 0.5, "n_documents": 500, "subset": None,
         } | protocol,
     }  # fmt: skip
     write_json(run / "eval" / f"{task}.json", content)
@@ -170,13 +165,14 @@ def write_scored_documents(
 def write_converted(
     root: Path, suite: str, model: str, last: str = "official", tokens: int | None = 300_000_000_000
 ) -> Path:
-    """A run made from an outside checkpoint: no losses, no data."""
-    family, total, flops = OUTSIDE[model]
+    """A run made from an external checkpoint: no losses, no data."""
+    family, total, flops = EXTERNAL[model]
     run = root / suite / model / last
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("seed: 0\n")
     manifest = {
         "suite": suite, "model": model, "family": family, "name": f"{suite}/{model}/{last}",
+        "family_label": LABELS.get(family, family),
         "seed": None, "created": "2026-01-01T00:00:00",
         "parameters": {"total": total, "non_embedding": total // 2}, "n_layer": 12, "n_embd": 768,
         "ctx_len": 1024 if family == "rwkv4" else 2048, "flops_per_token": flops,
@@ -193,7 +189,7 @@ def write_paper_suite(root: Path, suite: str = "official", share: float = 1.0) -
     """Converted runs scored on the twelve tasks (of `share` of the documents), three families."""
     rng = np.random.default_rng(0)
     hard = {task: rng.random(int(n * share)) for task, (_, n, _) in PAPER.items()}
-    for model, (family, total, _) in OUTSIDE.items():
+    for model, (family, total, _) in EXTERNAL.items():
         run = write_converted(root, suite, model)
         write_generation(run, family, 12 * 768, total)
         for task, (metric, _, chance) in PAPER.items():
@@ -232,19 +228,3 @@ def write_suite(root: Path, suite: str = "demo", seeds: int = 2, noise: float = 
                 root, suite, model, seed, bpb=planted + noise * generator.normal(),
                 accuracy=0.25 + 0.05 * math.log10(total / 2e4) + 0.01 * model.startswith("gpt"),
             )  # fmt: skip
-
-
-def benchmark(n_seeds: int = 34, n_rows: int = 1000) -> float:
-    """Seconds for a report over 6 x n_seeds runs of 2 x n_rows metric rows, with start-up."""
-    with tempfile.TemporaryDirectory() as folder:
-        for model in MODELS:
-            for seed in range(n_seeds):
-                write_run(Path(folder), model=model, seed=seed, n_rows=n_rows)
-        command = [sys.executable, "-m", "analysis.report", "suite=demo", f"paths.runs={folder}"]
-        start = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return time.perf_counter() - start
-
-
-if __name__ == "__main__":
-    print(f"report over {6 * 34} runs: {benchmark():.1f} s")

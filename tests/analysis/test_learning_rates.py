@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from analysis.learning_rates import learning_rate_search, learning_rates, optimum
-from analysis.study import NothingToShowError, load_study
+from analysis.study import load_study
+from experiments.runs.freezing import searched_rate
 
 planted = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted.py"))))
 RATES = (0.001, 0.002, 0.004, 0.008, 0.016)
@@ -42,7 +43,7 @@ def test_no_optimum_is_made_up_at_an_end_or_on_a_plateau(losses: list[float]) ->
 def test_the_best_its_neighbours_and_the_edge_are_in_the_table(tmp_path: Path) -> None:
     write_search(tmp_path, "rwkv4_nano", best=0.005)
     write_search(tmp_path, "gpt_nano", best=0.0005)
-    table = learning_rate_search(load_study(tmp_path / "search"))
+    table = learning_rate_search(load_study(tmp_path / "search", "gpt"))
     rows = table.frame.set_index("model")
     inside, edge = rows.loc["rwkv4_nano"], rows.loc["gpt_nano"]
     assert (inside["peak_lr"], inside["note"]) == (0.004, "")
@@ -61,49 +62,17 @@ def test_the_best_its_neighbours_and_the_edge_are_in_the_table(tmp_path: Path) -
 def test_a_search_that_one_side_has_not_had_is_said(tmp_path: Path) -> None:
     write_search(tmp_path, "rwkv4_nano", best=0.004)
     write_search(tmp_path, "gpt_nano", best=0.004, rates=RATES[:-1])
-    study = load_study(tmp_path / "search")
+    study = load_study(tmp_path / "search", "gpt")
     for item in (learning_rate_search(study), learning_rates(study)):
         (note,) = [note for note in item.notes if note.startswith("NOT AN EQUAL SEARCH")]
         assert "rwkv4_nano was tried at 0.016 (1M tokens, seed 0), gpt_nano was not" in note
-
-
-def test_a_rate_that_failed_was_tried(tmp_path: Path) -> None:
-    write_search(tmp_path, "rwkv4_nano", best=0.004)
-    write_search(tmp_path, "gpt_nano", best=0.008)
-    (folder,) = (tmp_path / "search" / "gpt_nano").glob("*peak_lr=0.016")
-    (folder / "result.json").unlink()
-    (folder / "error.txt").write_text("the loss became nan at step 17\n")
-    table = learning_rate_search(load_study(tmp_path / "search"))
-    row = table.frame.set_index("model").loc["gpt_nano"]
-    assert (row["peak_lr"], row["note"]) == (0.008, "failed at 0.016")
-    assert row["tried"] == "0.001 0.002 0.004 0.008 0.016"
-    assert any("the same rates, tokens and seeds" in note for note in table.notes)
-
-
-def test_a_search_with_more_tokens_on_one_side_is_refused_or_said(tmp_path: Path) -> None:
-    write_search(tmp_path, "rwkv4_nano", best=0.004)
-    write_search(tmp_path, "gpt_nano", best=0.004, about={"budget_tokens": 2_000_000})
-    with pytest.raises(ValueError, match="token budget of rwkv4_nano and gpt_nano"):
-        load_study(tmp_path / "search")
-    notes = learning_rate_search(load_study(tmp_path / "search", allow_mixed=True)).notes
-    assert sum("NOT AN EQUAL SEARCH" in note for note in notes) == 2
-
-
-def test_half_a_search_is_shown(tmp_path: Path) -> None:
-    write_search(tmp_path, "rwkv4_nano", best=0.004)
-    planted.write_run(tmp_path, "search", "gpt_nano", overrides="optim.peak_lr=0.001")
-    study = load_study(tmp_path / "search")
-    table = learning_rate_search(study)
-    assert table.frame["model"].tolist() == ["rwkv4_nano"]
-    assert "Without a matched model that was searched too: rwkv4_nano." in table.notes
-    assert len(learning_rates(study).figure.axes) == 1
 
 
 def test_a_panel_a_size_and_a_ring_a_model(tmp_path: Path) -> None:
     for size, best in (("nano", 0.008), ("micro", 0.004)):
         for family in ("rwkv4", "gpt"):
             write_search(tmp_path, f"{family}_{size}", best=best)
-    figure = learning_rates(load_study(tmp_path / "search")).figure
+    figure = learning_rates(load_study(tmp_path / "search", "gpt")).figure
     assert [axes.get_title("left") for axes in figure.axes] == [
         "200k / 199k parameters", "930k / 931k parameters",
     ]  # fmt: skip
@@ -112,21 +81,11 @@ def test_a_panel_a_size_and_a_ring_a_model(tmp_path: Path) -> None:
         assert [list(ring.get_xdata()) for ring in rings] == [[best], [best]]
 
 
-def test_rates_are_averaged_over_seeds(tmp_path: Path) -> None:
-    for rate, losses in ((0.001, (2.0, 3.0)), (0.002, (2.4, 2.4))):
+def test_the_best_rate_is_the_one_that_training_reads(tmp_path: Path) -> None:
+    for rate, losses in ((0.001, (2.0, 3.0)), (0.002, (2.4, 2.4)), (0.004, (2.5, 2.5))):
         for seed, bpb in enumerate(losses):
             override = f"optim.peak_lr={rate}"
             planted.write_run(tmp_path, "search", seed=seed, bpb=bpb, overrides=override)
-    (row,) = learning_rate_search(load_study(tmp_path / "search")).frame.to_dict("records")
-    assert (row["peak_lr"], row["loss"], row["n_runs"]) == (0.002, 2.4, 4)
-
-
-def test_what_is_no_search_over_rates_is_not_shown(tmp_path: Path) -> None:
-    planted.write_run(tmp_path, "search", overrides="optim.peak_lr=0.001")
-    with pytest.raises(NothingToShowError, match="with more than one"):
-        learning_rate_search(load_study(tmp_path / "search"))
-    for rate in (0.001, 0.002):
-        other = f"optim.peak_lr={rate},optim.weight_decay=0"
-        planted.write_run(tmp_path, "search", overrides=other)
-    with pytest.raises(NothingToShowError, match="rwkv4_nano differ in more than"):
-        learning_rate_search(load_study(tmp_path / "search"))
+    (row,) = learning_rate_search(load_study(tmp_path / "search", "gpt")).frame.to_dict("records")
+    assert (row["peak_lr"], row["loss"], row["n_runs"]) == (0.002, 2.4, 6)
+    assert searched_rate(tmp_path / "search", "rwkv4_nano") == 0.002

@@ -44,44 +44,21 @@ def test_sign_flip_by_hand() -> None:
     assert sign_flip([of([2.0]), of([1.0])]) == pytest.approx(0.5, abs=0.02)
 
 
-def test_sign_flip_of_right_and_wrong_is_mcnemar() -> None:
-    values = [1] * 14 + [-1] * 5 + [0] * 100
-    assert sign_flip([of(values)]) == pytest.approx(mcnemar(14, 5), abs=0.008)
-
-
 def test_bootstrap_is_scipys() -> None:
     rng = np.random.default_rng(0)
     first = rng.gamma(2, size=120)
     second = first + rng.normal(0.1, 0.5, size=120)
-    theirs = stats.bootstrap(
+    others = stats.bootstrap(
         (first, second), lambda a, b, axis: np.mean(a - b, axis=axis), paired=True,
         vectorized=True, method="percentile", rng=1, n_resamples=9999,
     ).confidence_interval  # fmt: skip
-    assert bootstrap([of(first - second)]) == pytest.approx(tuple(theirs), abs=0.004)
-
-
-def test_bootstrap_of_a_mean_over_tasks_weighs_tasks_alike() -> None:
-    rng = np.random.default_rng(0)
-    small, large = rng.normal(0.3, 1, 100), rng.normal(0.0, 1, 900)
-    low, high = bootstrap([of(small), of(large)])
-    error = np.sqrt(small.var() / 100 + large.var() / 900) / 2
-    middle = (small.mean() + large.mean()) / 2
-    assert (low, high) == pytest.approx((middle - 1.96 * error, middle + 1.96 * error), abs=0.006)
-    assert np.isnan(bootstrap([of([0.0, 0.0]), of([0.0])])).all()
-    weights = np.array([1.0, 3.0])
-    assert bootstrap([of([0.5, 0.5], weights)]) == pytest.approx((0.5, 0.5))
+    assert bootstrap([of(first - second)]) == pytest.approx(tuple(others), abs=0.004)
 
 
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
     assert holm([]).shape == (0,)
-
-
-def test_results_are_the_same_each_time() -> None:
-    task = of(np.random.default_rng(0).normal(0.1, 1, 50))
-    assert sign_flip([task]) == sign_flip([task])
-    assert bootstrap([task]) == bootstrap([task])
 
 
 def test_no_difference_is_called_one_at_the_stated_rate_by_mcnemar() -> None:
@@ -118,28 +95,6 @@ def test_intervals_miss_the_truth_at_the_stated_rate() -> None:
         low, high = bootstrap(tasks, seed=i, resamples=399)
         missed += not low <= 0 <= high
     assert abs(missed / N_SIMULATIONS - 0.05) < SLACK + 0.005  # percentiles of few: a little more
-
-
-def test_planted_differences_are_found() -> None:
-    rng = np.random.default_rng(4)
-    found = {"mcnemar": 0, "sign flip": 0, "interval": 0}
-    for i in range(100):
-        first, second = answers(rng, 1000, 0.4, 0.2)  # about 66 and 58 % right
-        tasks = [of(first - second)]
-        found["mcnemar"] += mcnemar(int((first > second).sum()), int((first < second).sum())) < 0.05
-        found["sign flip"] += sign_flip(tasks, seed=i, resamples=999) < 0.05
-        found["interval"] += bootstrap(tasks, seed=i, resamples=999)[0] > 0
-    assert min(found.values()) >= 90, found
-
-
-def test_pairing_finds_what_an_unpaired_test_does_not() -> None:
-    rng = np.random.default_rng(5)
-    hard = rng.random(2000)
-    first = (hard < 0.6).astype(float)
-    second = np.where(rng.random(2000) < 0.02, 0, first)  # the same, but 2 % forgotten
-    unpaired = (first.mean() - second.mean()) / np.sqrt(first.var() / 2000 + second.var() / 2000)
-    assert abs(unpaired) < 1.96
-    assert mcnemar(int((first > second).sum()), int((first < second).sum())) < 1e-4
 
 
 def test_holm_keeps_the_rate_of_a_whole_family() -> None:
