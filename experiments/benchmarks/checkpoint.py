@@ -8,7 +8,6 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,9 +17,8 @@ from omegaconf import DictConfig
 from experiments.benchmarks.measure import Report, Row, check_counts, interleaved
 from experiments.config.identity import model_name
 from experiments.config.targets import make
-from experiments.data.data_module import TokenDataModule
 from experiments.data.prepare import prepare
-from experiments.data.token_data import TokenData
+from experiments.data.token_data import TokenData, TrainWindows
 from experiments.runs.checkpoints.files import (
     BEST,
     LAST,
@@ -108,12 +106,9 @@ def trained(cfg: DictConfig) -> dict[str, Any]:
 
 
 def seek(cfg: DictConfig) -> float:
-    """Seconds from a data module that knows its step to that step's first micro-batch."""
-    data = TokenData.open(prepare(cfg.data))
-    module = TokenDataModule(
-        data, cfg.ctx_len, cfg.batch_size, cfg.execution.micro_batch_size, cfg.data.seed
-    )
-    module.trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=FAR)  # type: ignore[assignment]
+    """Seconds to the batch of a far step."""
+    windows = TrainWindows(TokenData.open(prepare(cfg.data)), cfg.ctx_len, cfg.data.seed)
     start = time.perf_counter()
-    next(iter(module.train_dataloader()))
+    for row in range(cfg.batch_size):
+        windows[FAR * cfg.batch_size + row]
     return time.perf_counter() - start

@@ -73,14 +73,13 @@ class Candidate:
 def decode(
     size: Row,
     vocab_size: int,
-    prompt_tokens: int,
     lengths: list[int],
     batch_size: int,
     n_tokens: int,
     stream_mb: int,
     repeats: int,
 ) -> Report:
-    """Tokens/s of decoding and of reading a prompt, and what share of the memory's rate that is.
+    """Tokens/s of decoding, and what share of the memory's rate that is.
 
     Args:
         size: the keys of a yaml of conf/size.
@@ -90,11 +89,11 @@ def decode(
         ValueError: for settings that are not whole numbers of at least 1.
         RunFailed: if an implementation with the same weights chooses other tokens than ours.
     """
-    check_counts(vocab_size=vocab_size, prompt_tokens=prompt_tokens, batch_size=batch_size)
-    check_counts(n_tokens=n_tokens, stream_mb=stream_mb, repeats=repeats)
+    check_counts(vocab_size=vocab_size, batch_size=batch_size, n_tokens=n_tokens)
+    check_counts(stream_mb=stream_mb, repeats=repeats)
     for length in lengths:
         check_counts(lengths=length)
-    ctx_len = max([prompt_tokens, SHORT, *lengths]) + n_tokens
+    ctx_len = max([SHORT, *lengths]) + n_tokens
     report = Report(notes=list(NOTES))
     with steady(report), plain_rwkv(), torch.inference_mode():
         os.environ["RWKV_JIT_ON"] = "1"  # as it is fastest; plain_rwkv puts back what was there
@@ -107,7 +106,6 @@ def decode(
         streams, rows = decoding(cases, stream_mb, n_tokens, repeats)
         report.tables["Decoding"] = rows
         report.tables[f"Limit: reading {stream_mb} MiB"] = streams
-        report.tables["Reading a prompt"] = reading(found, prompt_tokens, repeats)
     return report
 
 
@@ -234,7 +232,10 @@ def decoding(
     """A row for each way to stream through memory, and one for each candidate, batch and length."""
     weight = torch.ones(stream_mb * 2**18 // STREAM_INPUTS, STREAM_INPUTS)
     x = torch.ones(1, STREAM_INPUTS)
-    streams = {"torch.sum": weight.sum, "our product of one row": partial(linear, x, weight)}
+    streams: dict[str, Callable[[], Any]] = {
+        "torch.sum": weight.sum,
+        "our product of one row": partial(linear, x, weight),
+    }
     keys = [(str(one), one.dtype, batch, length) for one, batch, length in cases]
     candidates: dict[Any, Callable[[], Any]] = dict(streams)
     for key, (one, batch, length) in zip(keys, cases, strict=True):
@@ -263,13 +264,3 @@ def seconds_a_step(one: Candidate, batch: int, state: Any, n_tokens: int) -> flo
     for _ in range(n_tokens):
         ids, state = one.step(ids, state)
     return (time.perf_counter() - start) / n_tokens
-
-
-def reading(found: list[Candidate], n: int, repeats: int) -> list[Row]:
-    """A row for each candidate, of reading n tokens and the logits of the last."""
-    seconds = interleaved({str(one): partial(one.read, 1, n) for one in found}, repeats, warmup=2)
-    return [
-        {"model": one.name, "dtype": one.dtype, "tokens": n,
-         "tokens_per_s": n / seconds.median(str(one))}
-        for one in found
-    ]  # fmt: skip

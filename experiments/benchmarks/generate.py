@@ -3,9 +3,7 @@
 The figures go into each run's bench/generate.json, next to its results.
 """
 
-import json
 import statistics
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -50,12 +48,9 @@ def generate(
     repeats: int,
     device: str,
     dtype: str,
-    force: bool,
     runs_root: str,
 ) -> Report:
     """Cost of reading 16, 64, 256, ... tokens with each run, and of generating after them.
-
-    A run is not measured again if its file has the same protocol and lengths, unless `force`.
 
     Raises:
         ValueError: unless exactly one of run and suite is given; for a bad count, dtype or device.
@@ -69,7 +64,6 @@ def generate(
         raise ValueError(f"max_tokens is {max_tokens}: the first length measured is {FIRST}")
     found = find_runs(run if run is not None else str(Path(runs_root) / str(suite) / "*" / "*"))
     finished = [one for one in found if one.finished]
-    marks = lengths(max_tokens)
     protocol = {
         "batch_size": 1,
         "n_threads": torch.get_num_threads(),
@@ -79,12 +73,9 @@ def generate(
         "repeats": repeats,
         "checkpoint": CHECKPOINT,
     }
-    wanted = [one for one in finished if force or not is_measured(one, protocol, marks)]
-    measure(wanted, marks, protocol)
-    rows = [row for one in finished for row in table_rows(one)]
+    rows = measure(finished, lengths(max_tokens), protocol)
     notes = [
-        f"{len(wanted)} measured, {len(finished) - len(wanted)} measured before, "
-        f"{len(found) - len(finished)} left out (not finished).",
+        f"{len(finished)} measured, {len(found) - len(finished)} left out (not finished).",
         f"Prefill reads a context of n_tokens in chunks of {chunk_len}; decode is a token after "
         "it, median. State bytes are computed; the peak is resident memory beyond the weights.",
         "A model whose context ends is measured past it, opened with a longer one: what it writes "
@@ -106,35 +97,30 @@ def lengths(max_tokens: int) -> list[int]:
     return marks
 
 
-def is_measured(run: RunDir, protocol: dict[str, Any], marks: list[int]) -> bool:
-    """True if a run's file was made under this protocol and ends at the same length."""
-    if not output(run).is_file():
-        return False
-    content = json.loads(output(run).read_text(encoding="utf-8"))
-    same = protocol.items() <= content["protocol"].items()
-    return same and content["rows"][-1]["n_tokens"] == marks[-1]
+def measure(runs: list[RunDir], marks: list[int], protocol: dict[str, Any]) -> list[Row]:
+    """Measure the runs in turn and write the file of each after the last of its repeats.
 
-
-def measure(runs: list[RunDir], marks: list[int], protocol: dict[str, Any]) -> None:
-    """Measure the runs in turn and write the file of each after the last of its repeats."""
+    Returns:
+        The rows of all files, each with the name of its run.
+    """
     costs: dict[Path, list[Costs]] = {run.path: [] for run in runs}
+    measured: list[Row] = []
 
-    def candidate(run: RunDir) -> float:
+    def candidate(run: RunDir) -> None:
         # loaded each time: holding every model of a suite at once may not be possible
         model = open_model(run, marks[-1], protocol)
         list(walk(model, marks[:1], protocol["chunk_len"]))  # warm-up
-        start = time.perf_counter()
         costs[run.path].append(list(walk(model, marks, protocol["chunk_len"])))
-        seconds = time.perf_counter() - start
         if len(costs[run.path]) == protocol["repeats"]:
             peaks = in_fresh_process(peaks_of, run.path, marks, protocol)
             rows = cost_rows(model, marks, costs[run.path], peaks)
             of_run = {"ctx_len": run.config.ctx_len, "ctx_len_measured": model.max_ctx}
             write_json(output(run), {"protocol": protocol | of_run, "rows": rows})
-        return seconds
+            measured.extend({"run": run.name} | row for row in rows)
 
     candidates = {run.name: partial(candidate, run) for run in runs}
     interleaved(candidates, protocol["repeats"], warmup=0)
+    return measured
 
 
 def cost_rows(
@@ -201,27 +187,12 @@ def peaks_of(path: Path, marks: list[int], protocol: dict[str, Any]) -> list[int
     None where the system does not tell a peak.
     """
     torch.set_num_threads(protocol["n_threads"])
+    return_freed_memory()
     model = open_model(RunDir(path), marks[-1], protocol)
     list(walk(model, marks[:1], protocol["chunk_len"]))  # libraries load what they need
-    return_freed_memory()
+    return_freed_memory()  # that of loading
     device = torch.device(protocol["device"])
     if not reset_peak_memory(device):
         return None
     before = peak_memory_bytes(device)
     return [peak_memory_bytes(device) - before for _ in walk(model, marks, protocol["chunk_len"])]
-
-
-def table_rows(run: RunDir) -> list[Row]:
-    """A run's cost at its shortest and its longest length."""
-    rows = json.loads(output(run).read_text(encoding="utf-8"))["rows"]
-    return [
-        {
-            "run": run.name,
-            "n_tokens": row["n_tokens"],
-            "prefill_tokens_per_s": row["n_tokens"] / row["prefill_s"],
-            "decode_ms_per_token": row["decode_s"] * 1000,
-            "state_bytes": row["state_bytes"],
-            "peak_mem_bytes": row["peak_mem_bytes"],
-        }
-        for row in (rows[0], rows[-1])[: len(rows)]
-    ]

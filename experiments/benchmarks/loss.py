@@ -20,7 +20,9 @@ def loss(n_tokens: int, n_embd: int, vocab_size: int, repeats: int) -> Report:
     sizes = {"n_tokens": n_tokens, "n_embd": n_embd, "vocab_size": vocab_size}
     check_counts(**sizes, repeats=repeats)
     cases = list(product(("32-true", "bf16-mixed"), ("full", "chunked")))
-    seconds = interleaved({case: loss_step(*case, **sizes) for case in cases}, repeats)
+    seconds = interleaved(
+        {case: loss_step(*case, n_tokens, n_embd, vocab_size) for case in cases}, repeats
+    )
     rows = []
     for precision, kind in cases:
         case = {"precision": precision, "kind": kind}

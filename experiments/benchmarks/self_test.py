@@ -5,7 +5,7 @@ B batch, T time, C channels.
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,14 +36,14 @@ class Tried:
     name: str
     missing: str | None = None
     broken: str | None = None
-    errors: dict[torch.dtype, float] | None = None  # relative RMS, the worst of all results
-    seconds: dict[torch.dtype, float] | None = None  # of a forward and a backward pass
+    errors: dict[torch.dtype, float] = field(default_factory=dict)  # relative RMS, the worst
+    seconds: dict[torch.dtype, float] = field(default_factory=dict)  # of forward and backward
 
     @property
     def ok(self) -> bool:
         """False if it ran and was wrong (or gave NaN), or did not run through."""
-        errors = self.errors or {}
-        return self.broken is None and all(e <= TOLERANCES[dtype] for dtype, e in errors.items())
+        within = (error <= TOLERANCES[dtype] for dtype, error in self.errors.items())
+        return self.broken is None and all(within)
 
 
 def backends(device: torch.device, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Tried]:

@@ -77,7 +77,7 @@ def train(size: Row, vocab_size: int, ctx_len: int, batch_size: int, repeats: in
         model = empty(one.family, arguments[one.family])
         step_s, n_tokens = seconds.median(one), batch_size * ctx_len
         rate = step_flops(model, batch_size) / step_s
-        row = {"model": one.label, "precision": one.precision}
+        row: Row = {"model": one.label, "precision": one.precision}
         row |= {"parameters": count_parameters(model)["total"], "step_s": step_s}
         row |= {"tokens_per_s": n_tokens / step_s, "GFLOP/s": rate / 1e9}
         row |= {"of limit": rate / limits[one.precision]}
