@@ -26,9 +26,9 @@ def show(settings: dict[str, Any]) -> None:
     """
     check_values({key: settings[key] for key in SETTINGS}, SETTINGS)
     from experiments.runs.batch import batch, data_of, readable
-    from experiments.runs.run_dir import RunDir
+    from experiments.runs.run_dir import open_external
 
-    run, step, n_rows = RunDir(settings["run"]), settings["step"], settings["rows"]
+    run, step, n_rows = open_external(settings["run"]), settings["step"], settings["rows"]
     cfg, data = run.config, data_of(run)
     n_steps, end = step_count(cfg), step * cfg.batch_size
     file = data.path / data.meta["train"]["path"]

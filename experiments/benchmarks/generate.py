@@ -20,7 +20,7 @@ from experiments.benchmarks.measure import (
     interleaved,
     return_freed_memory,
 )
-from experiments.runs.run_dir import RunDir, find_runs
+from experiments.runs.run_dir import RunDir, find_runs, open_external
 from experiments.runs.trained_model import load_model
 from experiments.system.files import write_json
 from experiments.system.machine import (
@@ -32,6 +32,7 @@ from experiments.system.machine import (
 from models.generation import Sampling, prefill, sample
 from models.language_model import LanguageModel, State
 
+OUTPUT = "generate.json"  # in a run's bench/
 CHECKPOINT = "last"  # every run has it at the same budget
 FIRST = 16  # the shortest length measured; each next one is so many times longer:
 FACTOR = 4
@@ -62,7 +63,8 @@ def generate(
     check_counts(max_tokens=max_tokens, chunk_len=chunk_len, repeats=repeats)
     if max_tokens < FIRST:
         raise ValueError(f"max_tokens is {max_tokens}: the first length measured is {FIRST}")
-    found = find_runs(run if run is not None else str(Path(runs_root) / str(suite) / "*" / "*"))
+    pattern = run if run is not None else str(Path(runs_root) / str(suite) / "*" / "*")
+    found = [open_external(one.path) for one in find_runs(pattern)]
     finished = [one for one in found if one.finished]
     protocol = {
         "batch_size": 1,
@@ -84,11 +86,6 @@ def generate(
     return Report({f"Generating with batch 1, {dtype}": rows} if rows else {}, notes)
 
 
-def output(run: RunDir) -> Path:
-    """Where a run keeps its generation cost."""
-    return run.path / "bench" / "generate.json"
-
-
 def lengths(max_tokens: int) -> list[int]:
     """16, 64, 256, ... up to max_tokens."""
     marks = [FIRST]
@@ -104,7 +101,7 @@ def measure(runs: list[RunDir], marks: list[int], protocol: dict[str, Any]) -> l
         The rows of all files, each with the name of its run.
     """
     costs: dict[Path, list[Costs]] = {run.path: [] for run in runs}
-    measured: list[Row] = []
+    measured: dict[str, list[Row]] = {}
 
     def candidate(run: RunDir) -> None:
         # loaded each time: holding every model of a suite at once may not be possible
@@ -115,12 +112,12 @@ def measure(runs: list[RunDir], marks: list[int], protocol: dict[str, Any]) -> l
             peaks = in_fresh_process(peaks_of, run.path, marks, protocol)
             rows = cost_rows(model, marks, costs[run.path], peaks)
             of_run = {"ctx_len": run.config.ctx_len, "ctx_len_measured": model.max_ctx}
-            write_json(output(run), {"protocol": protocol | of_run, "rows": rows})
-            measured.extend({"run": run.name} | row for row in rows)
+            write_json(run.benchmarks / OUTPUT, {"protocol": protocol | of_run, "rows": rows})
+            measured[run.name] = [{"run": run.name} | row for row in rows]
 
     candidates = {run.name: partial(candidate, run) for run in runs}
     interleaved(candidates, protocol["repeats"], warmup=0)
-    return measured
+    return [row for run in runs for row in measured[run.name]]
 
 
 def cost_rows(

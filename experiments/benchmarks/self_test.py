@@ -3,7 +3,6 @@
 B batch, T time, C channels.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -120,13 +119,6 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
 def worst(errors: Iterable[float]) -> float:
     """The largest of them; NaN if one is."""
     return float(torch.tensor(list(errors), dtype=torch.float64).max())
-
-
-def live(family: Family, device: torch.device) -> str | None:
-    """The backend that a family's operators run on; None if it has none to choose from."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the fused one is missing is said by the caller
-        return family.toy().live_backend(device)
 
 
 def step(family: Family, device: torch.device) -> str | None:

@@ -50,7 +50,7 @@ class Generator:
         self.model = load_model(run, settings["checkpoint"], device, settings["dtype"])
         if self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
-                f"{run.path / 'tokenizer.json'} makes {self.tokenizer.vocab_size} ids but the "
+                f"{run.tokenizer_file} makes {self.tokenizer.vocab_size} ids but the "
                 f"model knows {self.model.vocab_size}: it is not the tokenizer the model was "
                 "trained with"
             )

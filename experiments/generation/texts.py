@@ -9,7 +9,7 @@ import torch
 from experiments.config.checks import Number, Optional, Rule, check_values
 from experiments.generation.generator import Generator
 from experiments.generation.state_file import load_state, save_state
-from experiments.runs.run_dir import RunDir
+from experiments.runs.run_dir import open_external
 from models.generation import Past
 
 COUNT = Number(1, whole=True)
@@ -52,7 +52,7 @@ def generate(settings: dict[str, Any]) -> None:
     if settings["n_threads"] is not None:
         torch.set_num_threads(settings["n_threads"])
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    generator = Generator(RunDir(settings["run"]), settings)
+    generator = Generator(open_external(settings["run"]), settings)
     if len(texts) > 1:
         continue_all(generator, texts, settings["batch_size"])
     else:

