@@ -171,28 +171,23 @@ def of_rwkv_package(model: LanguageModel) -> list[Candidate]:
     """The package with this model's weights in all dtypes, compiled by TorchScript as it is."""
     from rwkv.model import RWKV
 
+    def read(package: Any, batch: int, n: int) -> Any:
+        return package.forward(random_ids(model.vocab_size, 1, n)[0].tolist(), None)[1]
+
+    def step(package: Any, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        logits, state = package.forward([int(ids)], state)
+        return logits.argmax().view(1, 1), state
+
     found = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         torch.save(model.state_dict(), path.with_suffix(".pth"))
         for dtype in DTYPES:
-            external = RWKV(model=str(path), strategy=f"cpu {dtype}", verbose=False)
-            found.append(package_candidate(model, external, dtype))
+            package = RWKV(model=str(path), strategy=f"cpu {dtype}", verbose=False)
+            size = weight_bytes(model, model.emb) * DTYPES[dtype].itemsize // 4
+            calls = partial(read, package), partial(step, package)
+            found.append(Candidate("rwkv package", dtype, model, size, *calls, batches=False))
     return found
-
-
-def package_candidate(model: LanguageModel, external: Any, dtype: str) -> Candidate:
-    """The package's model as a candidate."""
-
-    def read(batch: int, n: int) -> Any:
-        return external.forward(random_ids(model.vocab_size, 1, n)[0].tolist(), None)[1]
-
-    def step(ids: Tensor, state: Any) -> tuple[Tensor, Any]:
-        logits, state = external.forward([int(ids)], state)
-        return logits.argmax().view(1, 1), state
-
-    size = weight_bytes(model, model.emb) * DTYPES[dtype].itemsize // 4
-    return Candidate("rwkv package", dtype, model, size, read, step, batches=False)
 
 
 def weight_bytes(model: nn.Module, embedding: nn.Module) -> int:

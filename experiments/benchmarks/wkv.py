@@ -49,14 +49,14 @@ def calls(
     ramp = torch.arange(C) / max(C - 1, 1)
     w, u = -torch.exp(-5 + 8 * ramp**0.7), torch.randn(C, generator=random)
     k, v, gy = (torch.randn(*shape, generator=random).to(device, dtype) for _ in range(3))
-    leaves = [x.to(device).requires_grad_() for x in (w, u, k, v)]
+    w, u, k, v = leaves = [x.to(device).requires_grad_() for x in (w, u, k, v)]
 
     def forward() -> None:
         with torch.no_grad():
-            wkv(*leaves, backend=backend)
+            wkv(w, u, k, v, backend=backend)
 
     def both() -> None:
-        torch.autograd.grad(wkv(*leaves, backend=backend)[0], leaves, gy)
+        torch.autograd.grad(wkv(w, u, k, v, backend=backend)[0], leaves, gy)
 
     return {"forward": finished(forward, device), "both": finished(both, device)}
 
