@@ -55,7 +55,7 @@ class Candidate:
         weight_bytes: what a step reads of the weights.
         read: (batch, tokens) -> the state after so many random tokens.
         step: (ids (B, 1), state) -> the ids after, and the state after.
-        batches: whether it takes more than one row.
+        ours: whether it is our code, which alone is measured with a batch.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Candidate:
     weight_bytes: int
     read: Callable[[int, int], Any]
     step: Callable[[Tensor, Any], tuple[Tensor, Any]]
-    batches: bool = True
+    ours: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}"
@@ -102,7 +102,7 @@ def decode(
             found += implementations(with_random_weights(family, arguments))
         check_agreement(found, n_tokens)
         cases = [(one, 1, length) for one in found for length in lengths_of(one, lengths)]
-        cases += [(one, batch_size, SHORT) for one in found if one.dtype == "fp32" and one.batches]
+        cases += [(one, batch_size, SHORT) for one in found if one.dtype == "fp32" and one.ours]
         streams, rows = decoding(cases, stream_mb, n_tokens, repeats)
         report.tables["Decoding"] = rows
         report.tables[f"Limit: reading {stream_mb} MiB"] = streams
@@ -147,7 +147,7 @@ def of_ours(model: LanguageModel, dtype: str) -> Candidate:
         return logits[:, -1:].argmax(-1), after
 
     size = weight_bytes(rounded, rounded.emb)
-    return Candidate(label(model), dtype, model, size, read, step)
+    return Candidate(label(model), dtype, model, size, read, step, ours=True)
 
 
 def of_hugging_face(model: LanguageModel, external: Any) -> Candidate:
@@ -186,7 +186,7 @@ def of_rwkv_package(model: LanguageModel) -> list[Candidate]:
             package = RWKV(model=str(path), strategy=f"cpu {dtype}", verbose=False)
             size = weight_bytes(model, model.emb) * DTYPES[dtype].itemsize // 4
             calls = partial(read, package), partial(step, package)
-            found.append(Candidate("rwkv package", dtype, model, size, *calls, batches=False))
+            found.append(Candidate("rwkv package", dtype, model, size, *calls))
     return found
 
 
