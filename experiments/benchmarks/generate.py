@@ -138,10 +138,8 @@ def cost_rows(
 
 def open_model(run: RunDir, n_tokens: int, protocol: dict[str, Any]) -> LanguageModel:
     """A run's model, with a context that holds n_tokens and those generated after them."""
-    opened = RunDir(run.path)  # its config is read again, and ours to change
-    net = opened.config.model.net  # no weight depends on the context
-    net.ctx_len = max(net.ctx_len, n_tokens + DECODED)
-    return load_model(opened, CHECKPOINT, protocol["device"], protocol["dtype"])
+    n = n_tokens + DECODED  # no weight depends on the context
+    return load_model(run, CHECKPOINT, protocol["device"], protocol["dtype"], ctx_len=n)
 
 
 @torch.inference_mode()
