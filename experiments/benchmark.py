@@ -20,25 +20,23 @@ SHARED = ("n_threads", "out", "paths")  # keys of conf/benchmark.yaml; the rest 
 
 def run(settings: dict[str, Any]) -> None:
     """Run the benchmark whose function and keys these are, print its report and keep it."""
+    import torch
+
+    from experiments.benchmarks.measure import Report, check_counts
+    from experiments.system.machine import describe
+
     n_threads, out, _ = (settings.pop(key) for key in SHARED)
-
-    from experiments.benchmarks.measure import Report, check_counts, machine
-
     if n_threads is not None:
         check_counts(n_threads=n_threads)
-        import torch
-
         torch.set_num_threads(n_threads)
     benchmark = resolve(settings.pop("_target_"), Report)
-    where = machine()
-    gpu = f", {where['gpu']}" if where["gpu"] else ""
-    print(
-        f"{where['cpu']}, {where['n_threads']} threads{gpu}, torch {where['torch']}\n", flush=True
-    )
+    machine = describe()
+    known = [f"{key} {value}" for key, value in machine.items() if value is not None]
+    print(", ".join(known), end="\n\n", flush=True)
     report = benchmark(**settings)
     print(report.text(), flush=True)
     if out is not None:
-        content = {"bench": HydraConfig.get().runtime.choices["bench"], "machine": where}
+        content = {"bench": HydraConfig.get().runtime.choices["bench"], "machine": machine}
         content |= {"settings": settings, "tables": report.tables, "notes": report.notes}
         write_json(Path(out), content)
 

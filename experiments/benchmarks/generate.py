@@ -3,36 +3,36 @@
 The figures go into each run's bench/generate.json, next to its results.
 """
 
-import ctypes
-import json
-import multiprocessing
 import statistics
-import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from experiments.benchmarks.measure import (
-    M_MMAP_THRESHOLD,
     Report,
     Row,
     check_counts,
+    in_fresh_process,
     interleaved,
-    read_rows,
+    return_freed_memory,
 )
-from experiments.config.entry import RunFailed
-from experiments.generation.generator import usable_device
-from experiments.runs.run_dir import RunDir, find_runs
-from experiments.runs.trained_model import DTYPES, load_model
+from experiments.runs.run_dir import RunDir, find_runs, open_external
+from experiments.runs.trained_model import load_model
 from experiments.system.files import write_json
+from experiments.system.machine import (
+    clock,
+    peak_memory_bytes,
+    reset_peak_memory,
+    usable_device,
+)
 from models.generation import Sampling, prefill, sample
 from models.language_model import LanguageModel, State
 
+OUTPUT = "generate.json"  # in a run's bench/
 CHECKPOINT = "last"  # every run has it at the same budget
 FIRST = 16  # the shortest length measured; each next one is so many times longer:
 FACTOR = 4
@@ -49,12 +49,9 @@ def generate(
     repeats: int,
     device: str,
     dtype: str,
-    force: bool,
     runs_root: str,
 ) -> Report:
     """Cost of reading 16, 64, 256, ... tokens with each run, and of generating after them.
-
-    A run is not measured again if its file has the same protocol and lengths, unless `force`.
 
     Raises:
         ValueError: unless exactly one of run and suite is given; for a bad count, dtype or device.
@@ -66,38 +63,27 @@ def generate(
     check_counts(max_tokens=max_tokens, chunk_len=chunk_len, repeats=repeats)
     if max_tokens < FIRST:
         raise ValueError(f"max_tokens is {max_tokens}: the first length measured is {FIRST}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    device = usable_device(device)
-    found = find_runs(run if run is not None else str(Path(runs_root) / str(suite) / "*" / "*"))
+    pattern = run if run is not None else str(Path(runs_root) / str(suite) / "*" / "*")
+    found = [open_external(one.path) for one in find_runs(pattern)]
     finished = [one for one in found if one.finished]
-    marks = lengths(max_tokens)
     protocol = {
         "batch_size": 1,
         "n_threads": torch.get_num_threads(),
         "dtype": dtype,  # what matrices are kept in, whatever a run was trained in
-        "device": device,
+        "device": usable_device(device),
         "chunk_len": chunk_len,
         "repeats": repeats,
         "checkpoint": CHECKPOINT,
     }
-    wanted = [one for one in finished if force or not is_measured(one, protocol, marks)]
-    measure(wanted, marks, protocol)
-    rows = [row for one in finished for row in table_rows(one, read_rows(output(one)))]
+    rows = measure(finished, lengths(max_tokens), protocol)
     notes = [
-        f"{len(wanted)} measured, {len(finished) - len(wanted)} measured before, "
-        f"{len(found) - len(finished)} left out (not finished).",
+        f"{len(finished)} measured, {len(found) - len(finished)} left out (not finished).",
         f"Prefill reads a context of n_tokens in chunks of {chunk_len}; decode is a token after "
         "it, median. State bytes are computed; the peak is resident memory beyond the weights.",
-        "A GPT is measured past its trained context, opened with a longer one: what it writes "
+        "A model whose context ends is measured past it, opened with a longer one: what it writes "
         "there is poor, its cost right.",
     ]
     return Report({f"Generating with batch 1, {dtype}": rows} if rows else {}, notes)
-
-
-def output(run: RunDir) -> Path:
-    """Where a run keeps its generation cost."""
-    return run.path / "bench" / "generate.json"
 
 
 def lengths(max_tokens: int) -> list[int]:
@@ -108,36 +94,30 @@ def lengths(max_tokens: int) -> list[int]:
     return marks
 
 
-def is_measured(run: RunDir, protocol: dict[str, Any], marks: list[int]) -> bool:
-    """True if a run's file was made under this protocol and ends at the same length."""
-    try:
-        content = json.loads(output(run).read_text(encoding="utf-8"))
-        same = all(content["protocol"][key] == value for key, value in protocol.items())
-        return same and content["rows"][-1]["n_tokens"] == marks[-1]
-    except (OSError, ValueError, LookupError, TypeError):
-        return False  # none, or a damaged one
+def measure(runs: list[RunDir], marks: list[int], protocol: dict[str, Any]) -> list[Row]:
+    """Measure the runs in turn and write the file of each after the last of its repeats.
 
-
-def measure(runs: list[RunDir], marks: list[int], protocol: dict[str, Any]) -> None:
-    """Measure the runs in turn and write the file of each after the last of its repeats."""
+    Returns:
+        The rows of all files, each with the name of its run.
+    """
     costs: dict[Path, list[Costs]] = {run.path: [] for run in runs}
+    measured: dict[str, list[Row]] = {}
 
-    def candidate(run: RunDir) -> float:
+    def candidate(run: RunDir) -> None:
         # loaded each time: holding every model of a suite at once may not be possible
         model = open_model(run, marks[-1], protocol)
         list(walk(model, marks[:1], protocol["chunk_len"]))  # warm-up
-        start = time.perf_counter()
-        mine = costs[run.path]
-        mine.append(list(walk(model, marks, protocol["chunk_len"])))
-        seconds = time.perf_counter() - start
-        if len(mine) == protocol["repeats"]:
-            rows = cost_rows(model, marks, mine, peak_memory(run, marks, protocol))
+        costs[run.path].append(list(walk(model, marks, protocol["chunk_len"])))
+        if len(costs[run.path]) == protocol["repeats"]:
+            peaks = in_fresh_process(peaks_of, run.path, marks, protocol)
+            rows = cost_rows(model, marks, costs[run.path], peaks)
             of_run = {"ctx_len": run.config.ctx_len, "ctx_len_measured": model.max_ctx}
-            write_json(output(run), {"protocol": protocol | of_run, "rows": rows})
-        return seconds
+            write_json(run.benchmarks / OUTPUT, {"protocol": protocol | of_run, "rows": rows})
+            measured[run.name] = [{"run": run.name} | row for row in rows]
 
-    repeats = protocol["repeats"]
-    interleaved({run.name: partial(candidate, run) for run in runs}, repeats, warmup=0)
+    candidates = {run.name: partial(candidate, run) for run in runs}
+    interleaved(candidates, protocol["repeats"], warmup=0)
+    return [row for run in runs for row in measured[run.name]]
 
 
 def cost_rows(
@@ -157,11 +137,9 @@ def cost_rows(
 
 
 def open_model(run: RunDir, n_tokens: int, protocol: dict[str, Any]) -> LanguageModel:
-    """A run's model; a GPT of shorter context is opened with one that holds n_tokens and more."""
-    opened = RunDir(run.path)  # its config is read anew, and ours to change
-    net = opened.config.model.net  # positions are rotary: no weight depends on the context
-    net.ctx_len = max(net.ctx_len, n_tokens + DECODED)
-    return load_model(opened, CHECKPOINT, protocol["device"], protocol["dtype"])
+    """A run's model, with a context that holds n_tokens and those generated after them."""
+    n = n_tokens + DECODED  # no weight depends on the context
+    return load_model(run, CHECKPOINT, protocol["device"], protocol["dtype"], ctx_len=n)
 
 
 @torch.inference_mode()
@@ -170,109 +148,46 @@ def walk(
 ) -> Iterator[tuple[float, list[float]]]:
     """At each length: seconds to read so many tokens, and of each token generated after them.
 
-    Lengths beyond a chunk go on from the state of the one before, where that ended with a chunk.
+    Lengths beyond a chunk continue from the state of the one before, where that ended with a chunk.
     """
     device = model.emb.weight.device
-    text = torch.randint(
-        model.vocab_size, (1, marks[-1]), generator=torch.Generator().manual_seed(0)
-    ).to(device)
+    random = torch.Generator().manual_seed(0)
+    text = torch.randint(model.vocab_size, (1, marks[-1]), generator=random).to(device)
     state, n_read, prefill_s = model.init_state(1), 0, 0.0
     for n in marks:
         if n_read % chunk_len:
             state, n_read, prefill_s = model.init_state(1), 0, 0.0
-        start = now(device)
+        start = clock(device)
         x, state = prefill(model, text[:, n_read:n], state, chunk_len)
         token = sample(model.head(x), Sampling())
-        prefill_s += now(device) - start
+        prefill_s += clock(device) - start
         n_read = n
         yield prefill_s, decode(model, token, state)
 
 
-def decode(model: LanguageModel, token: torch.Tensor, state: State) -> list[float]:
+def decode(model: LanguageModel, token: Tensor, state: State) -> list[float]:
     """Seconds of each of the tokens that follow `token` (1,)."""
     seconds = []
     for _ in range(DECODED):
-        start = now(token.device)
+        start = clock(token.device)
         x, state = prefill(model, token[:, None], state)
         token = sample(model.head(x), Sampling())
-        seconds.append(now(token.device) - start)
+        seconds.append(clock(token.device) - start)
     return seconds
 
 
-def now(device: torch.device) -> float:
-    """Seconds of a clock, when all that was started on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def peak_memory(run: RunDir, marks: list[int], protocol: dict[str, Any]) -> list[int] | None:
-    """Peak bytes beyond the weights up to each length, measured in a fresh process.
-
-    Processes are forked from one that has imported what they need and computed nothing. None
-    where the system does not tell a peak.
-
-    Raises:
-        RunFailed: if that process was killed, as one that runs out of memory is.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        try:
-            return pool.submit(peaks_of, run.path, marks, protocol).result()
-        except BrokenProcessPool:
-            raise RunFailed(
-                f"measuring the memory of {run.path} was killed: out of memory? Lower max_tokens"
-            ) from None
-
-
 def peaks_of(path: Path, marks: list[int], protocol: dict[str, Any]) -> list[int] | None:
-    """What `peak_memory` measures, in the process it is called in."""
+    """Peak bytes beyond the weights up to each length, of the process this is called in.
+
+    None where the system does not tell a peak.
+    """
     torch.set_num_threads(protocol["n_threads"])
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc: freed blocks return at once, so that none is used twice
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    return_freed_memory()
     model = open_model(RunDir(path), marks[-1], protocol)
     list(walk(model, marks[:1], protocol["chunk_len"]))  # libraries load what they need
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    return_freed_memory()  # that of loading
     device = torch.device(protocol["device"])
-    if not forget_peak(device):
+    if not reset_peak_memory(device):
         return None
-    before = peak(device)
-    return [peak(device) - before for _ in walk(model, marks, protocol["chunk_len"])]
-
-
-def forget_peak(device: torch.device) -> bool:
-    """Let the peak start anew from what is held now; False where the system cannot."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
-
-
-def peak(device: torch.device) -> int:
-    """Most bytes held since `forget_peak`: allocated on a GPU, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(int(x.split()[1]) for x in status.splitlines() if x.startswith("VmHWM")) * 1024
-
-
-def table_rows(run: RunDir, rows: list[dict[str, Any]]) -> list[Row]:
-    """A run's cost at its shortest and its longest length."""
-    return [
-        {
-            "run": run.name,
-            "n_tokens": row["n_tokens"],
-            "prefill_tokens_per_s": row["n_tokens"] / row["prefill_s"],
-            "decode_ms_per_token": row["decode_s"] * 1000,
-            "state_bytes": row["state_bytes"],
-            "peak_mem_bytes": row["peak_mem_bytes"],
-        }
-        for row in (rows[0], rows[-1])[: len(rows)]
-    ]
+    before = peak_memory_bytes(device)
+    return [peak_memory_bytes(device) - before for _ in walk(model, marks, protocol["chunk_len"])]

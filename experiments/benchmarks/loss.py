@@ -3,20 +3,13 @@
 N tokens, C n_embd, V vocabulary.
 """
 
-import statistics
 from collections.abc import Callable
 from itertools import product
 
 import torch
 from torch import nn
 
-from experiments.benchmarks.measure import (
-    Report,
-    check_counts,
-    interleaved,
-    paired_ratio,
-    peak_memory,
-)
+from experiments.benchmarks.measure import Report, check_counts, interleaved, peak_memory
 from experiments.training.loss import cross_entropy
 
 TOY = {"n_tokens": 8, "n_embd": 8, "vocab_size": 16}
@@ -28,14 +21,13 @@ def loss(n_tokens: int, n_embd: int, vocab_size: int, repeats: int) -> Report:
     check_counts(**sizes, repeats=repeats)
     cases = list(product(("32-true", "bf16-mixed"), ("full", "chunked")))
     seconds = interleaved(
-        {f"{p}/{kind}": loss_step(kind, p, **sizes) for p, kind in cases}, repeats, warmup=1
+        {case: loss_step(*case, n_tokens, n_embd, vocab_size) for case in cases}, repeats
     )
     rows = []
     for precision, kind in cases:
-        name = f"{precision}/{kind}"
-        case = {"kind": kind, "precision": precision}
-        row = {"precision": precision, "loss": kind, "seconds": statistics.median(seconds[name])}
-        row["time_over_full"] = paired_ratio(seconds[name], seconds[f"{precision}/full"])
+        case = {"precision": precision, "kind": kind}
+        row = {"precision": precision, "loss": kind, "seconds": seconds.median((precision, kind))}
+        row["time over full"] = seconds.ratio((precision, kind), (precision, "full"))
         row["peak_mem_bytes"] = peak_memory(loss_step, case | TOY, case | sizes)
         rows.append(row)
     title = f"Head and cross-entropy, forward and backward, {n_tokens} x {n_embd} x {vocab_size}"
@@ -47,7 +39,7 @@ def loss(n_tokens: int, n_embd: int, vocab_size: int, repeats: int) -> Report:
 
 
 def loss_step(
-    kind: str, precision: str, n_tokens: int, n_embd: int, vocab_size: int
+    precision: str, kind: str, n_tokens: int, n_embd: int, vocab_size: int
 ) -> Callable[[], None]:
     """Forward and backward of one loss; gradients of the features and of the head."""
     torch.manual_seed(0)

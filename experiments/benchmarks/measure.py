@@ -1,108 +1,113 @@
-"""Measuring fairly (candidates in turn, medians, memory in a process of its own) and showing it."""
+"""Measuring fairly (candidates in turn, medians, memory in a process of its own) and reporting."""
 
 import ctypes
-import json
+import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
+from tabulate import tabulate
 from tqdm import tqdm
 
+from experiments.config.checks import Number, check_values
 from experiments.config.entry import RunFailed
+from experiments.system.machine import peak_memory_bytes, reset_peak_memory
 
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+# of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
 Row = dict[str, Any]
+Call = Callable[[], Any]
 
 
-def interleaved(
-    candidates: dict[str, Callable[[], Any]],
-    repeats: int,
-    warmup: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
-    """Seconds of ``repeats`` calls of each candidate, after ``warmup`` calls that do not count.
+class Timings(dict[Any, list[float]]):
+    """Seconds of each candidate, a number a round."""
+
+    def median(self, name: Any) -> float:
+        """Of one candidate's seconds."""
+        return statistics.median(self[name])
+
+    def ratio(self, numerator: Any, denominator: Any) -> float:
+        """Median over rounds of one candidate's seconds over another's in the same round."""
+        rounds = zip(self[numerator], self[denominator], strict=True)
+        return statistics.median(a / b for a, b in rounds)
+
+
+def interleaved(candidates: Mapping[Any, Call], repeats: int, warmup: int = 1) -> Timings:
+    """Time ``repeats`` calls of each candidate, after ``warmup`` calls that do not count.
 
     Every round calls each once, forwards and backwards in turn, so that a machine that slows down
     slows all of them down. A candidate that returns a float has timed itself.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    seconds = Timings({name: [] for name in candidates})
     n_calls = (warmup + repeats) * len(candidates)
     with tqdm(total=n_calls, disable=not sys.stderr.isatty(), leave=False) as bar:
         for number in range(-warmup, repeats):
             names = list(candidates)
             for name in names if number % 2 == 0 else reversed(names):
-                bar.set_postfix_str(name)
-                start = clock()
-                own = candidates[name]()
-                elapsed = own if isinstance(own, float) else clock() - start
+                bar.set_postfix_str(str(name))
+                start = time.perf_counter()
+                returned = candidates[name]()
+                elapsed = time.perf_counter() - start
                 if number >= 0:
-                    seconds[name].append(elapsed)
+                    seconds[name].append(returned if isinstance(returned, float) else elapsed)
                 bar.update()
     return seconds
 
 
-def paired_ratio(numerator: list[float], denominator: list[float]) -> float:
-    """Median over rounds of one candidate's seconds over another's in the same round."""
-    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
-
-
-def peak_memory(
-    build: Callable[..., Callable[[], Any]], toy: Row, full: Row, n_calls: int = 2
-) -> int | None:
-    """Peak resident bytes of ``build(**full)`` and ``n_calls`` calls of what it returns.
-
-    Measured in a fresh process, above what that process holds after a call at the ``toy`` size:
-    libraries are not counted; weights, gradients, optimizer state and scratch memory are. Freed
-    blocks return to the system at once, so that the figure repeats and leaves out what glibc's
-    heap happens to hold back. None if the peak stayed below the start-up's own.
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns in a process that has imported its module and computed nothing.
 
     Raises:
         RunFailed: if that process was killed, as one that runs out of memory is.
     """
-    import torch
-
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        task = pool.submit(_grown, build, toy, full, n_calls, torch.get_num_threads())
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return task.result()
+            return pool.submit(function, *args).result()
         except BrokenProcessPool:
-            raise RunFailed(f"measuring the memory of {full} was killed: out of memory?") from None
+            raise RunFailed("measuring memory was killed, out of memory? Lower the sizes") from None
 
 
-def _grown(
-    build: Callable[..., Callable[[], Any]], toy: Row, full: Row, n_calls: int, n_threads: int
-) -> int | None:
-    import psutil
-    import torch
-
-    from experiments.system.machine import peak_resident_bytes
-
+def return_freed_memory() -> None:
+    """From now on glibc returns freed blocks to the system at once, so that none is used twice."""
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+        libc.malloc_trim(0)
+
+
+def peak_memory(build: Callable[..., Call], toy: Row, full: Row) -> int | None:
+    """Peak resident bytes of ``build(**full)`` and of two calls of what it returns.
+
+    Measured in a fresh process, above what that process holds after a call at the ``toy`` size:
+    libraries are not counted; weights, gradients, optimizer state and scratch memory are. None
+    where the system does not tell a peak.
+    """
+    return in_fresh_process(_growth, build, toy, full, torch.get_num_threads())
+
+
+def _growth(build: Callable[..., Call], toy: Row, full: Row, n_threads: int) -> int | None:
     torch.set_num_threads(n_threads)
+    return_freed_memory()
     build(**toy)()
-    before, start_up = psutil.Process().memory_info().rss, peak_resident_bytes()
+    cpu = torch.device("cpu")
+    if not reset_peak_memory(cpu):
+        return None
+    before = peak_memory_bytes(cpu)
     call = build(**full)
-    for _ in range(n_calls):
-        call()
-    peak = peak_resident_bytes()
-    return peak - before if peak > start_up else None
-
-
-def check_counts(**counts: int) -> None:
-    """Raise ValueError for the first that is not a whole number of at least 1."""
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")
+    call()
+    call()
+    return peak_memory_bytes(cpu) - before
 
 
 @dataclass
@@ -114,22 +119,19 @@ class Report:
 
     def text(self) -> str:
         """For a terminal."""
-        from tabulate import tabulate
-
         parts = []
         for title, rows in self.tables.items():
-            shown = [{key: cell(key, value) for key, value in row.items()} for row in rows]
-            right = [
-                "left" if all(isinstance(row.get(key), str) for row in rows) else "right"
-                for key in (rows[0] if rows else {})
-            ]
-            table = tabulate(shown, headers="keys", disable_numparse=True, colalign=right)
+            keys = list(dict.fromkeys(key for row in rows for key in row))
+            shown = [[as_text(key, row.get(key)) for key in keys] for row in rows]
+            is_text = [all(isinstance(row.get(key), str) for row in rows) for key in keys]
+            align = ["left" if left else "right" for left in is_text]
+            table = tabulate(shown, headers=keys, disable_numparse=True, colalign=align)
             parts.append(f"{title}\n{table}")
         return "\n\n".join([*parts, "\n".join(self.notes)]).rstrip()
 
 
-def cell(key: str, value: Any) -> str:
-    """A value as text: bytes with a unit, large numbers whole, others with three digits."""
+def as_text(key: str, value: Any) -> str:
+    """A value for a table: bytes with a unit, large numbers whole, others with three digits."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -144,31 +146,39 @@ def cell(key: str, value: Any) -> str:
     return str(value)
 
 
-def bar(what: str, measured: float | None, wanted: float, at_most: bool = False) -> Row:
-    """A row that holds a figure against what is wanted of it."""
-    met = None if measured is None else measured <= wanted if at_most else measured >= wanted
-    sign = "<=" if at_most else ">="
-    return {"what": what, "measured": measured, "wanted": f"{sign} {wanted:g}", "met": met}
+def check_counts(**counts: Any) -> None:
+    """Raise ValueError for the first that is not a whole number of at least 1."""
+    check_values(counts, dict.fromkeys(counts, Number(1, whole=True)))
 
 
-def machine() -> Row:
-    """Where the figures are from: processor, threads, PyTorch."""
-    import torch
+@contextmanager
+def steady(report: Report) -> Iterator[None]:
+    """Within it glibc keeps freed memory; after it the report says how busy the machine was.
 
-    from experiments.system.machine import device_name
-
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    return {
-        "cpu": device_name(cpu),
-        "n_threads": torch.get_num_threads(),
-        "gpu": device_name(gpu) if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-    }
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The ``rows`` of a benchmark's JSON file; ValueError if it cannot be read."""
+    With glibc's defaults each new array above 32 MB costs page faults that take longer than the
+    work on it.
+    """
+    libc = ctypes.CDLL(None)
+    has_options = hasattr(libc, "mallopt")
+    if has_options:
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+    before = busy_seconds()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["rows"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged: set force=true to measure again") from None
+        yield
+    finally:
+        if has_options:  # glibc's defaults
+            libc.mallopt(M_MMAP_MAX, 65536)
+            libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024)
+    ours, others = (after - then for after, then in zip(busy_seconds(), before, strict=True))
+    report.notes.append(
+        f"Other processes used {max(others, 0) / ours:.2f} CPU seconds for each of ours: above "
+        "0.05 or so distrust every figure, as threads that wait for a held-up one suffer most."
+    )
+
+
+def busy_seconds() -> tuple[float, float]:
+    """CPU seconds so far of this process and its children, and of all other processes."""
+    process, machine = psutil.Process().cpu_times(), psutil.cpu_times()
+    ours = process.user + process.system + process.children_user + process.children_system
+    return ours, machine.user + machine.nice + machine.system - ours

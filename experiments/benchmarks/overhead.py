@@ -5,18 +5,18 @@ differs.
 """
 
 import math
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from typing import Any
 
 import lightning.pytorch as L
 import torch
 from hydra import compose
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch.utils.data import default_collate
 
-from experiments.benchmarks.measure import Report, bar, check_counts, interleaved, paired_ratio
+from experiments.benchmarks.measure import Report, check_counts, interleaved
+from experiments.config.identity import model_name
 from experiments.config.targets import make
 from experiments.data.data_module import TokenDataModule
 from experiments.data.prepare import prepare
@@ -32,34 +32,36 @@ UNTIMED = 2  # first steps of each loop, in which memory is allocated
 
 
 def overhead(train: list[str], n_steps: int, repeats: int) -> Report:
-    """Seconds a step of ``n_steps`` under Lightning and in a bare loop; ``train`` overrides
-    conf/train.yaml. Validation and checkpoints are not part of it."""
+    """Seconds a step under Lightning and in a bare loop, without validation and checkpoints.
+
+    Args:
+        train: overrides of conf/train.yaml.
+    """
     check_counts(repeats=repeats)
     if n_steps <= UNTIMED:
         raise ValueError(f"n_steps is {n_steps}: the first {UNTIMED} are not timed, give more")
     with tempfile.TemporaryDirectory() as folder:
         loops = Loops(train, n_steps, folder)
-        seconds = interleaved({"bare": loops.bare, "lightning": loops.lightning}, repeats, warmup=1)
+        seconds = interleaved({"bare": loops.bare, "lightning": loops.lightning}, repeats)
         cfg = loops.run.config
-    tokens = cfg.batch_size * cfg.ctx_len
     rows = []
-    for name in ("bare", "lightning"):
-        step_s = statistics.median(seconds[name]) / (n_steps - UNTIMED)
-        rows.append({"loop": name, "step_s": step_s, "tokens_per_s": tokens / step_s})
-    cost = paired_ratio(seconds["lightning"], seconds["bare"]) - 1
-    wanted = bar("share of a bare step that Lightning, data and log add", cost, 0.05, at_most=True)
-    title = f"{cfg.model.name}, batch {cfg.batch_size} x {cfg.ctx_len}, {cfg.precision}"
-    notes = [
+    for name in seconds:
+        step_s = seconds.median(name) / (n_steps - UNTIMED)
+        row = {"loop": name, "step_s": step_s}
+        row |= {"tokens_per_s": cfg.batch_size * cfg.ctx_len / step_s}
+        rows.append(row | {"time over bare": seconds.ratio(name, "bare")})
+    title = f"{model_name(cfg)}, batch {cfg.batch_size} x {cfg.ctx_len}, {cfg.precision}"
+    note = (
         f"{repeats} rounds of {n_steps} steps, the first {UNTIMED} untimed, the loops in turn; the "
-        "share is the median over rounds. The bare loop finds its batches in memory.",
-    ]
-    return Report({title: rows, "Against what is wanted": [wanted]}, notes)
+        "ratio is the median over rounds. The bare loop finds its batches in memory."
+    )
+    return Report({title: rows}, [note])
 
 
 class Loops:
     """One training run, executed by Lightning or bare; each call starts from the same weights.
 
-    Hydra must stand on conf/, as it does in an entry point.
+    Hydra must stand on conf/, as it does in a command.
     """
 
     def __init__(self, train: list[str], n_steps: int, folder: str) -> None:
@@ -71,29 +73,18 @@ class Loops:
         self.n_steps = n_steps
         self.stop = StopRequest()
         self.model: LanguageModel  # of the last call, trained
-        self.batches = self.load_batches()
+        size, windows = self.run.config.batch_size, self.parts()[2].train_windows
+        samples = [[windows[i * size + j] for j in range(size)] for i in range(n_steps)]
+        self.batches = [default_collate(one) for one in samples]  # ids and targets, (B, T) each
 
     def parts(self) -> tuple[L.Trainer, LitLM, TokenDataModule]:
-        """What `fit` would train with, the model freshly initialised."""
+        """What `fit` would train with, the model newly initialised."""
         torch.manual_seed(self.run.config.seed)
         self.model = make(self.run.config.model.net, LanguageModel)
-        trainer, module, datamodule = build(
-            self.run, self.model, self.data, self.n_steps, self.stop
-        )
-        module.peak_flops = math.inf  # utilisation is logged, and of no interest
-        trainer.limit_val_batches = 1  # so is validation
-        return trainer, module, datamodule
-
-    def load_batches(self) -> list[tuple[Tensor, Tensor]]:
-        """The run's batches of ids and targets, (B, T) each."""
-        cfg = self.run.config
-        windows = self.parts()[2].train_windows
-        samples = [windows[n] for n in range(self.n_steps * cfg.batch_size)]
-        groups = (samples[i : i + cfg.batch_size] for i in range(0, len(samples), cfg.batch_size))
-        return [
-            (torch.stack([s[0] for s in group]), torch.stack([s[1] for s in group]))
-            for group in groups
-        ]
+        parts = build(self.run, self.model, self.data, self.n_steps, self.stop)
+        parts[1].peak_flops = math.inf  # utilisation is logged, and of no interest
+        parts[0].limit_val_batches = 1  # so is validation
+        return parts
 
     def lightning(self) -> float:
         """Seconds of the timed steps under the trainer."""
@@ -109,7 +100,7 @@ class Loops:
         module = self.parts()[1]
         optimizer = module.make_optimizer(self.model)
         peaks = [group["lr"] for group in optimizer.param_groups]
-        step = self.bare_step(module, optimizer)
+        mixed = self.run.config.precision != "32-true"
         self.model.train()
         start = 0.0
         for number, (ids, targets) in enumerate(self.batches):
@@ -118,26 +109,14 @@ class Loops:
             fraction = module.schedule(number, self.n_steps)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * fraction
-            step(ids, targets)
-        return time.perf_counter() - start
-
-    def bare_step(
-        self, module: LitLM, optimizer: torch.optim.Optimizer
-    ) -> Callable[[Tensor, Tensor], None]:
-        """The maths of one step, as the module does it."""
-        mixed = self.run.config.precision != "32-true"
-        limit = module.grad_clip or math.inf
-
-        def step(ids: Tensor, targets: Tensor) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
                 nats = module.training_step((ids, targets), 0)  # Lightning has no part in it
             optimizer.zero_grad()
             nats.backward()
-            clip_gradients(module.model.parameters(), limit)
+            clip_gradients(self.model.parameters(), module.grad_clip or math.inf)
             optimizer.step()
             module.micro_losses.clear()
-
-        return step
+        return time.perf_counter() - start
 
 
 class Stopwatch(Callback):
@@ -145,22 +124,12 @@ class Stopwatch(Callback):
 
     def __init__(self, n_steps: int) -> None:
         self.n_steps = n_steps
-        self.start = 0.0
-        self.seconds = math.nan
+        self.start = self.seconds = math.nan
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.global_step == UNTIMED:
             self.start = time.perf_counter()
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.global_step == self.n_steps:
             self.seconds = time.perf_counter() - self.start

@@ -1,114 +1,85 @@
-"""What a machine can do, tried out: matrix products, copies, each WKV rung, a step of training.
+"""Self-tests: each backend of the WKV operator, and a training step of each family.
 
 B batch, T time, C channels.
 """
 
-import time
-import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from experiments.system.machine import measured_flops
+from experiments.config.entry import one_line
+from experiments.system.machine import clock
 from experiments.training.module import LitLM
 from experiments.training.optimizer import make_optimizer
-from models.gpt.model import GPT
-from models.language_model import LanguageModel
+from models.families import Family
 from models.ops.wkv import BACKENDS, live_backend, wkv, wkv_reference
-from models.rwkv4.model import RWKV4
 
 SHAPE = (2, 400, 100)  # B, T, C: not a multiple of any kernel's tile
 # Largest relative RMS error. float32: several times that of the loop itself, whose sums run over
-# all steps. bfloat16: half a unit of its last of 8 bits, of whatever size the value is.
-TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 4e-3}
-DTYPES = tuple(TOLERANCES)
+# all steps. 16 bits: half a unit of the last bit, of whatever size the value is.
+TOLERANCES = {torch.float32: 3e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+DTYPES = (torch.float32, torch.bfloat16)  # of the doctor's screen
 
 
-def one_line(error: Exception) -> str:
+def short(error: Exception) -> str:
     """What an error says, as one line of at most 160 characters."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:160]
-
-
-def synchronised(device: torch.device) -> float:
-    """Seconds on a clock, read when the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def rates(device: torch.device, copied_bytes: int | None = None) -> list[float]:
-    """FLOP/s of a matrix product in each of DTYPES, then bytes/s of a copy, read and written.
-
-    Each is the best of ten. The copy is of 1 GiB on a GPU and 128 MiB on a CPU, out of its caches.
-    """
-    n_bytes = copied_bytes or (1 << 30 if device.type == "cuda" else 1 << 27)
-    a = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
-    b = torch.ones_like(a)
-    seconds = []
-    for _ in range(10):
-        start = synchronised(device)
-        b.copy_(a)
-        seconds.append(synchronised(device) - start)
-    return [*(measured_flops(device, dtype) for dtype in DTYPES), 2 * n_bytes / min(seconds)]
+    return one_line(error)[:160]
 
 
 @dataclass
-class Rung:
-    """A WKV rung on a device: why it cannot be had, or how far off it was in each of DTYPES."""
+class Tried:
+    """A backend of WKV on a device: why it cannot be had, or how far off it was in each dtype."""
 
     name: str
     missing: str | None = None
-    errors: tuple[float, ...] = ()
-    seconds: tuple[float, ...] = ()  # of a forward and a backward pass
     broken: str | None = None
+    errors: dict[torch.dtype, float] = field(default_factory=dict)  # relative RMS, the worst
+    seconds: dict[torch.dtype, float] = field(default_factory=dict)  # of forward and backward
 
     @property
     def ok(self) -> bool:
-        """False if it ran and was wrong, or did not run through."""
-        pairs = zip(self.errors, TOLERANCES.values(), strict=False)
-        return self.broken is None and all(error <= limit for error, limit in pairs)  # not NaN
+        """False if it ran and was wrong (or gave NaN), or did not run through."""
+        within = (error <= TOLERANCES[dtype] for dtype, error in self.errors.items())
+        return self.broken is None and all(within)
 
 
-def rungs(device: torch.device) -> tuple[str, list[Rung]]:
-    """The rung that "auto" takes on the device, and each of BACKENDS tried on it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the fused one is missing is said by the caller
-        live = live_backend(device)
+def backends(device: torch.device, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Tried]:
+    """Each backend of WKV, tried on the device."""
     found = []
     for name in BACKENDS[1:]:
         try:
             live_backend(device, name)
         except ValueError as error:
-            found.append(Rung(name, missing=str(error).partition(": ")[2] or str(error)))
+            found.append(Tried(name, missing=str(error).partition(": ")[2] or str(error)))
             continue
-        found.append(tried(name, device))
-    return live, found
+        found.append(try_backend(name, device, dtypes))
+    return found
 
 
-def tried(name: str, device: torch.device) -> Rung:
-    """A rung against float64, in each of DTYPES."""
-    errors, seconds = [], []
+def try_backend(name: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> Tried:
+    """A backend against float64, in each dtype."""
+    errors, seconds = {}, {}
+
+    def op(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+        return wkv(w, u, k, v, state, name)
+
     try:
-        for dtype in DTYPES:
+        for dtype in dtypes:
             inputs, adjoints = problem(dtype)
             exact = with_gradients(wkv_reference, [x.double() for x in inputs], adjoints)
-            there, back = [x.to(device) for x in inputs], [x.to(device) for x in adjoints]
-
-            def op(w: Tensor, u: Tensor, k: Tensor, v: Tensor, past: Tensor) -> tuple[Tensor, ...]:
-                return wkv(w, u, k, v, past, name)
-
+            inputs, adjoints = ([x.to(device) for x in xs] for xs in (inputs, adjoints))
             times = []
             for _ in range(2):  # what is compiled at first use does not count
-                start = synchronised(device)
-                got = with_gradients(op, there, back)
-                times.append(synchronised(device) - start)
-            seconds.append(min(times))
-            errors.append(worst(map(relative_rms, got, exact)))
+                start = clock(device)
+                results = with_gradients(op, inputs, adjoints)
+                times.append(clock(device) - start)
+            errors[dtype] = worst(map(relative_rms, results, exact))
+            seconds[dtype] = min(times)
     except Exception as error:  # whatever a driver or a compiler comes up with: that is the answer
-        return Rung(name, broken=one_line(error))
-    return Rung(name, errors=tuple(errors), seconds=tuple(seconds))
+        return Tried(name, broken=short(error))
+    return Tried(name, errors=errors, seconds=seconds)
 
 
 def problem(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -119,10 +90,10 @@ def problem(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random)
 
-    w, u = -torch.exp(torch.linspace(-5, 3, C)), normal(C)  # the decays of RWKV-4's start
+    w, u = -torch.exp(torch.linspace(-5, 3, C)), normal(C)  # the decays of a new model
     k, v, gy = (normal(B, T, C).to(dtype) for _ in range(3))
-    past = torch.stack((normal(B, C), normal(B, C).exp(), normal(B, C)), 1)
-    return [w, u, k, v, past], [gy, normal(B, 3, C)]
+    state = torch.stack((normal(B, C), normal(B, C).exp(), normal(B, C)), 1)
+    return [w, u, k, v, state], [gy, normal(B, 3, C)]
 
 
 def with_gradients(
@@ -133,10 +104,10 @@ def with_gradients(
     Args:
         adjoints: of y and of the last state.
     """
-    given = [x.detach().requires_grad_() for x in inputs]
-    results = op(*given)
-    given_back = [b.to(a.dtype) for a, b in zip(results, adjoints, strict=True)]
-    gradients = torch.autograd.grad(results, given, given_back)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    results = op(*leaves)
+    upstream = [b.to(a.dtype) for a, b in zip(results, adjoints, strict=True)]
+    gradients = torch.autograd.grad(results, leaves, upstream)
     return [x.detach().to("cpu", torch.float64) for x in (*results, *gradients)]
 
 
@@ -150,21 +121,15 @@ def worst(errors: Iterable[float]) -> float:
     return float(torch.tensor(list(errors), dtype=torch.float64).max())
 
 
-TOYS: dict[str, Callable[[], LanguageModel]] = {
-    "RWKV-4": lambda: RWKV4(64, n_layer=2, n_embd=32, ctx_len=32),
-    "GPT": lambda: GPT(64, n_layer=2, n_embd=32, n_head=2, ctx_len=32),
-}
-
-
-def step(family: str, device: torch.device) -> str | None:
-    """Take an optimizer step of a toy on the device; what went wrong in a line, or None."""
+def step(family: Family, device: torch.device) -> str | None:
+    """Take an optimizer step of a family's toy; what went wrong in a line, or None."""
     try:
-        model = TOYS[family]().to(device)
+        model = family.toy().to(device)
         optimizer = make_optimizer(
             model, peak_lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, lr_scale=True
         )
         module = LitLM(model, lambda _: optimizer, lambda *_: 1.0, total_steps=1)
-        ids = torch.randint(64, (4, 33), device=device)
+        ids = torch.randint(model.vocab_size, (4, model.ctx_len + 1), device=device)
         loss = module.training_step((ids[:, :-1], ids[:, 1:]), 0)
         loss.backward()
         if not loss.isfinite():
@@ -176,4 +141,4 @@ def step(family: str, device: torch.device) -> str | None:
         optimizer.step()
         return "the step changed nothing" if torch.equal(before, model.head.weight) else None
     except Exception as error:  # as above
-        return one_line(error)
+        return short(error)

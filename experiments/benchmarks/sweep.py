@@ -1,26 +1,26 @@
-"""bench=sweep: what skipping finished cells takes, and what a second job at once brings."""
+"""bench=sweep: what skipping finished trials takes, and what a second job at once brings."""
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-from experiments.benchmarks.measure import Report, bar, check_counts, interleaved, paired_ratio
+from experiments.benchmarks.measure import Report, Timings, check_counts, interleaved
 from experiments.config.entry import RunFailed
 from experiments.runs.run_dir import find_runs
 from experiments.system.files import write_json
 
 
-def measure(train: list[str], n_finished: int, n_cells: int, repeats: int) -> Report:
+def measure(train: list[str], n_finished: int, n_trials: int, repeats: int) -> Report:
     """Time whole commands, start-up included, in a temporary folder.
 
     Args:
-        train: overrides of conf/train.yaml; every cell has another seed besides.
-        n_finished: how many finished cells are skipped.
-        n_cells: how many cells are trained, by one job and by two, each with one thread.
+        train: overrides of conf/train.yaml; every trial has another seed besides.
+        n_finished: how many finished trials are skipped; 0: none.
+        n_trials: how many are trained, each with one thread, by one job and by two; 0: none.
         repeats: how often each is timed.
 
     Raises:
@@ -28,52 +28,44 @@ def measure(train: list[str], n_finished: int, n_cells: int, repeats: int) -> Re
     """
     check_counts(repeats=repeats)
     report = Report()
-    wanted = []
     with tempfile.TemporaryDirectory() as folder:
         if n_finished:
             seconds = skipping(train, n_finished, repeats, Path(folder))
-            report.tables["Skipping finished cells"] = [
-                {"cells": n_finished, "median_s": statistics.median(seconds), "max_s": max(seconds)}
+            row = {"trials": n_finished, "median_s": seconds.median("skip")}
+            report.tables["Skipping finished trials"] = [row | {"max_s": max(seconds["skip"])}]
+        if n_trials:
+            seconds = sharing(train, n_trials, repeats, Path(folder))
+            report.tables[f"{n_trials} trials, one thread each"] = [
+                {
+                    "jobs": jobs,
+                    "median_s": seconds.median(jobs),
+                    "trials_per_hour": 3600 * n_trials / seconds.median(jobs),
+                    "speed over one job": seconds.ratio(1, jobs),
+                }
+                for jobs in seconds
             ]
-            wanted.append(
-                bar(f"seconds to skip {n_finished} finished cells", max(seconds), 5, at_most=True)
-            )
-        if n_cells:
-            jobs = sharing(train, n_cells, repeats, Path(folder))
-            report.tables[f"{n_cells} cells, one thread each"] = [
-                {"jobs": n, "median_s": statistics.median(s), "cells_per_hour": 3600 * n_cells / m}
-                for n, s in jobs.items()
-                if (m := statistics.median(s))
-            ]
-            ratio = paired_ratio(jobs["1"], jobs["2"])
-            wanted.append(bar("cells an hour, two jobs / one", ratio, 1.6))
-    report.tables["Against what is wanted"] = wanted
     return report
 
 
-def skipping(train: list[str], n_finished: int, repeats: int, folder: Path) -> list[float]:
-    """Seconds of the same command again, when all its cells are finished."""
+def skipping(train: list[str], n_finished: int, repeats: int, folder: Path) -> Timings:
+    """Seconds of the same command again, when all its trials are finished."""
     given = [*train, "suite=finished", f"seed=range({n_finished})", f"paths.runs={folder}"]
     command(*given, "dry_run=true")  # frozen
     result = {"step": 1, "val/loss": 1.0, "val/bpb": 1.0, "tokens": 1, "time_s": 1.0}
     for run in find_runs(folder / "finished" / "*" / "*"):
         write_json(run.path / "result.json", result | {"perf/tokens_per_s": 1.0})
-    return interleaved({"skip": lambda: command(*given)}, repeats)["skip"]
+    return interleaved({"skip": lambda: command(*given)}, repeats)
 
 
-def sharing(train: list[str], n_cells: int, repeats: int, folder: Path) -> dict[str, list[float]]:
+def sharing(train: list[str], n_trials: int, repeats: int, folder: Path) -> Timings:
     """Seconds of a sweep by one job and by two."""
+    seeds = f"seed=range({n_trials})"
+    shared = [*train, seeds, f"paths.runs={folder}", "execution.n_threads=1"]
 
-    def sweep(jobs: int) -> float:
-        suite = f"suite=sweep{time.monotonic_ns()}"
-        seeds = "seed=" + ",".join(map(str, range(n_cells)))
-        start = time.perf_counter()
-        command(
-            *train, suite, seeds, f"paths.runs={folder}", "execution.n_threads=1", f"jobs={jobs}"
-        )
-        return time.perf_counter() - start
+    def sweep(jobs: int) -> None:
+        command(*shared, f"suite=sweep{time.monotonic_ns()}", f"jobs={jobs}")
 
-    return interleaved({"1": lambda: sweep(1), "2": lambda: sweep(2)}, repeats, warmup=0)
+    return interleaved({jobs: partial(sweep, jobs) for jobs in (1, 2)}, repeats, warmup=0)
 
 
 def command(*overrides: str) -> None:

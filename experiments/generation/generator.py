@@ -1,4 +1,4 @@
-"""A run that writes: its model, its tokenizer, and what its tokens cost."""
+"""A run that continues texts: its model, its tokenizer, and what its tokens cost."""
 
 import time
 from collections.abc import Callable
@@ -9,23 +9,8 @@ import torch
 from experiments.generation.text_stream import TextStream
 from experiments.runs.run_dir import RunDir
 from experiments.runs.trained_model import load_model, load_tokenizer
-from models.generation import Generation, Past, Sampling, check_prompts, check_room, prefill
-
-
-def usable_device(name: str) -> str:
-    """The device of that name; auto is a GPU where there is one, else the CPU.
-
-    Raises:
-        ValueError: if there is none, or it cannot be used.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0][:120]
-        raise ValueError(f"device={name} cannot be used here ({reason}): take cpu") from None
-    return name
+from experiments.system.machine import usable_device
+from models.generation import Generation, Past, Sampling, check_prompts, check_room
 
 
 class Cost:
@@ -49,31 +34,38 @@ class Cost:
         return "; ".join(shown)
 
 
-class Writer:
-    """A run's model and tokenizer, and the settings under which it goes on with texts.
+class Generator:
+    """A run's model and tokenizer, and the settings under which it continues texts.
+
+    Args:
+        settings: the keys of conf/generate.yaml.
 
     Raises:
         ValueError, FileNotFoundError: if the run or its tokenizer cannot be used.
     """
 
-    def __init__(self, run: RunDir, cfg: dict[str, Any], sampling: Sampling) -> None:
+    def __init__(self, run: RunDir, settings: dict[str, Any]) -> None:
         self.tokenizer = load_tokenizer(run)
-        device = usable_device(cfg["device"])
-        self.model = load_model(run, cfg["checkpoint"], device, cfg["dtype"])
+        device = usable_device(settings["device"])
+        self.model = load_model(run, settings["checkpoint"], device, settings["dtype"])
         if self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
-                f"{run.path / 'tokenizer.json'} makes {self.tokenizer.vocab_size} ids but the "
+                f"{run.tokenizer_file} makes {self.tokenizer.vocab_size} ids but the "
                 f"model knows {self.model.vocab_size}: it is not the tokenizer the model was "
                 "trained with"
             )
-        self.cfg = cfg
-        self.sampling = sampling
+        drawn = ("temperature", "top_k", "top_p", "repetition_penalty")
+        self.sampling = Sampling(**{name: settings[name] for name in drawn})
+        self.seed: int = settings["seed"]
+        self.stops: list[str] = settings["stop"]
+        self.max_tokens: int = settings["max_tokens"]
+        self.chunk_len: int = settings["chunk_len"]
         self.cost = Cost()
 
     def encode(self, texts: list[str], unread: list[int], n_read: int) -> list[list[int]]:
         """Ids of each text, after those a state has not read; all within the model's context.
 
-        No text at all goes on from the state alone. Raises ValueError for what cannot be run.
+        No text at all continues from the state alone. Raises ValueError for what cannot be run.
         """
         prompts = [unread + ids for ids in self.tokenizer.encode_batch(texts or [""])]
         if not texts and not unread:
@@ -83,18 +75,8 @@ class Writer:
                 f"prompt {prompts.index([]) + 1} has no token: give a text to go on from"
             )
         check_prompts(self.model, prompts)
-        check_room(self.model, n_read + max(map(len, prompts)), self.cfg["max_tokens"])
+        check_room(self.model, n_read + max(map(len, prompts)), self.max_tokens)
         return prompts
-
-    def read(self, prompt: list[int], past: Past | None) -> Past:
-        """The state after a prompt, of which nothing is drawn."""
-        state, before = (past.state, past.ids[0]) if past else (self.model.init_state(1), [])
-        ids = torch.tensor([prompt], device=self.model.emb.weight.device)
-        start = time.perf_counter()
-        with torch.inference_mode():
-            _, state = prefill(self.model, ids, state, self.cfg["chunk_len"])
-        self.cost.add("prefill", len(prompt), start)
-        return Past(state, [before + prompt])
 
     def write(
         self,
@@ -103,38 +85,43 @@ class Writer:
         past: Past | None,
         show: Callable[[int, str], object],
     ) -> tuple[Generation, list[list[int]]]:
-        """Go on with a batch of prompts; `show(row, text)` gets the text of each as it comes.
+        """Continue a batch of prompts; with max_tokens=0 they are only read.
 
-        `first` is the number of the first prompt among all. Returns the new ids of each row, and
-        the generation, whose state is that of the row that ended last.
+        Args:
+            first: the number of the first prompt among all, which decides the seeds.
+            past: the state to continue from, for a batch of one.
+            show: called with a row and the text of it that is new, as it comes.
+
+        Returns:
+            The generation, whose state is that of the row that ended last; new ids of each row.
         """
-        seeds = [self.cfg["seed"] + first + row for row in range(len(prompts))]
-        going = Generation(
+        seeds = [self.seed + first + row for row in range(len(prompts))]
+        generation = Generation(
             self.model,
             prompts,
             self.sampling,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             vocab_size=self.tokenizer.vocab_size,
             past=past,
-            chunk_len=self.cfg["chunk_len"],
+            chunk_len=self.chunk_len,
         )
-        streams = [TextStream(self.tokenizer, self.cfg["stop"]) for _ in prompts]
+        streams = [TextStream(self.tokenizer, self.stops) for _ in prompts]
         new: list[list[int]] = [[] for _ in prompts]
         part, n_tokens = "prefill", sum(map(len, prompts))
-        while going.rows:
+        while generation.rows:
             start = time.perf_counter()
-            drawn = going.step()
+            drawn = generation.step()
             self.cost.add(part, n_tokens, start)
             ended = []
             for row, token in drawn:
-                if token != self.tokenizer.eot_id:
+                at_end = token == self.tokenizer.eot_id or self.max_tokens == 0
+                if not at_end:
                     new[row].append(token)
                     show(row, streams[row].push(token))
-                full = streams[row].stopped or len(new[row]) == self.cfg["max_tokens"]
-                if full or token == self.tokenizer.eot_id:
+                if at_end or streams[row].stopped or len(new[row]) == self.max_tokens:
                     show(row, streams[row].finish())
                     ended.append(row)
-            going.end(ended)
-            part, n_tokens = "decode", len(going.rows)
+            generation.end(ended)
+            part, n_tokens = "decode", len(generation.rows)
         self.cost.n_new += sum(map(len, new))
-        return going, new
+        return generation, new

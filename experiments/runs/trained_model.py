@@ -52,11 +52,17 @@ def model_weights(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def load_model(
-    run: RunDir, checkpoint: str = "best", device: str = "cpu", dtype: str = "float32"
+    run: RunDir,
+    checkpoint: str = "best",
+    device: str = "cpu",
+    dtype: str = "float32",
+    ctx_len: int = 0,
 ) -> "LanguageModel":
     """Build a run's model from its frozen config and load its weights, in evaluation mode.
 
-    dtype is what matrices are kept in; vectors, norms, activations and states are float32.
+    Args:
+        dtype: what matrices are kept in; vectors, norms, activations and states are float32.
+        ctx_len: the context it must at least be opened with, whatever it was trained with.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
@@ -71,6 +77,7 @@ def load_model(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     config, path = open_external(run.path).config, run.checkpoint(checkpoint)
     weights = model_weights(read_checkpoint(path), path)
+    config.model.net.ctx_len = max(config.model.net.ctx_len, ctx_len)
     with torch.device("meta"):  # no time spent on an initialisation that is overwritten
         model = make(config.model.net, LanguageModel)
     try:

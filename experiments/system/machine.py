@@ -17,12 +17,20 @@ if TYPE_CHECKING:
 PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16"}
 
 
+def clock(device: "torch.device") -> float:
+    """Seconds of a clock, read when the device has done all it was given."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def peak_flops(device: "torch.device", precision: str) -> tuple[float, str]:
     """FLOP/s one device can do at most, and where the figure is from.
 
     A GPU's is the vendor's for dense matrix products of that precision, where Lightning's table
-    knows the card; else (and on a CPU) it is measured: the best of ten products of matrices of
-    1024 x 1024, on a GPU 8192 x 8192.
+    knows the card; else (and on a CPU) it is measured.
     """
     import torch
     from lightning.fabric.utilities.throughput import get_available_flops
@@ -38,7 +46,7 @@ def peak_flops(device: "torch.device", precision: str) -> tuple[float, str]:
 
 
 def measured_flops(device: "torch.device", dtype: "torch.dtype") -> float:
-    """FLOP/s of the best of ten matrix products in a dtype."""
+    """FLOP/s of the best of ten products of matrices of 1024 x 1024, on a GPU 8192 x 8192."""
     import torch
 
     n = 8192 if device.type == "cuda" else 1024
@@ -49,6 +57,25 @@ def measured_flops(device: "torch.device", dtype: "torch.dtype") -> float:
         (a @ a).flatten()[0].item()  # reading a value waits for the device
         seconds.append(time.perf_counter() - start)
     return 2 * n**3 / min(seconds[2:])
+
+
+def copy_rate(device: "torch.device", n_bytes: int | None = None) -> float:
+    """Bytes/s of the best of ten copies, read and written.
+
+    Args:
+        n_bytes: copied; by default 1 GiB on a GPU and 128 MiB on a CPU, more than its caches hold.
+    """
+    import torch
+
+    size = n_bytes or (1 << 30 if device.type == "cuda" else 1 << 27)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    seconds = []
+    for _ in range(10):
+        start = clock(device)
+        target.copy_(source)
+        seconds.append(clock(device) - start)
+    return 2 * size / min(seconds)
 
 
 def peak_memory_bytes(device: "torch.device") -> int:
@@ -74,6 +101,20 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
+def reset_peak_memory(device: "torch.device") -> bool:
+    """Let the peak start again from what is held now; False where the system cannot."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
 def device_name(device: "torch.device") -> str:
     """The card's name, or the processor's."""
     if device.type == "cuda":
@@ -87,6 +128,37 @@ def device_name(device: "torch.device") -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def describe() -> dict[str, Any]:
+    """Where measured figures are from: processor, threads, GPU, PyTorch."""
+    import torch
+
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    return {
+        "cpu": device_name(cpu),
+        "n_threads": torch.get_num_threads(),
+        "gpu": device_name(gpu) if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+    }
+
+
+def usable_device(name: str) -> str:
+    """The device of that name; auto is a GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: if there is none, or it cannot be used.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0][:120]
+        raise ValueError(f"device={name} cannot be used here ({reason}): take cpu") from None
+    return name
 
 
 def git_state() -> dict[str, Any]:
@@ -134,8 +206,8 @@ def gpu_names(listing: str) -> list[str]:
     names: list[str] = []
     for line in listing.splitlines():
         if found := re.search(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)", line):
-            part = found[1].startswith("MIG")
-            if part and names and names[-1].startswith("GPU"):
+            is_part = found[1].startswith("MIG")
+            if is_part and names and names[-1].startswith("GPU"):
                 names.pop()  # the whole that it is a part of
             names.append(found[1])
     return names
