@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from torch import Tensor, nn
 
 from experiments.benchmarks.measure import Report, Row, check_counts, interleaved, steady
 from experiments.benchmarks.models import (
-    PACKAGE_FORMAT,
     at_size,
     copy_weights,
-    formats,
+    has_package,
     hugging_face,
     with_random_weights,
 )
@@ -122,7 +120,7 @@ def implementations(model: LanguageModel) -> list[Candidate]:
     if external is not None:
         copy_weights(model, external)
         found.append(of_hugging_face(model, external.eval()))
-    if find_spec("rwkv") and PACKAGE_FORMAT in formats(model):
+    if has_package(model):
         found += of_rwkv_package(model)
     return found
 

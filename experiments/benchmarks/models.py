@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from models import convert
 from models.families import families
+from models.formats import Format
 from models.language_model import LanguageModel
 from models.sizing import build_empty, solve
-
-PACKAGE_FORMAT = "rwkv_pth"  # of the files that the rwkv package reads
 
 
 def at_size(size: dict[str, Any], vocab_size: int, ctx_len: int) -> dict[str, dict[str, Any]]:
@@ -48,9 +46,10 @@ def with_random_weights(family: str, arguments: dict[str, Any]) -> LanguageModel
     return model.eval()
 
 
-def formats(model: LanguageModel) -> list[str]:
-    """The formats of external checkpoints that the model's family has."""
-    return [kind for kind, family in convert.FAMILIES.items() if type(model) is family]
+def has_package(model: LanguageModel) -> bool:
+    """Whether the `rwkv` package is installed and reads a format of the model's family."""
+    forms = families()[model.family].formats
+    return find_spec("rwkv") is not None and any(form.library == "rwkv" for form in forms)
 
 
 def hugging_face(model: LanguageModel, eot_id: int = 0) -> nn.Module | None:
@@ -59,25 +58,27 @@ def hugging_face(model: LanguageModel, eot_id: int = 0) -> nn.Module | None:
     Returns:
         None if transformers is not installed, or the family has no format of it.
     """
-    if find_spec("transformers") is None or not _hugging_face_format(model):
+    form = _hugging_face_format(model)
+    if find_spec("transformers") is None or form is None or form.config is None:
         return None
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = convert.hf_config(model, eot_id, "float32")
+    fields = form.config(model, eot_id, "float32")
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
 
 
-def _hugging_face_format(model: LanguageModel) -> str | None:
-    return next((kind for kind in formats(model) if kind.startswith("hf_")), None)
+def _hugging_face_format(model: LanguageModel) -> Format | None:
+    forms = families()[model.family].formats
+    return next((form for form in forms if form.library == "transformers"), None)
 
 
 def copy_weights(model: LanguageModel, external: nn.Module) -> None:
     """Give a model of `hugging_face` the weights of ours."""
-    kind = _hugging_face_format(model)
-    assert kind is not None
-    newest = {theirs: newer for newer, theirs in convert.ALIASES.get(kind, {}).items()}
-    names = {name: convert.outside_name(name, kind) for name in model.state_dict()}
+    form = _hugging_face_format(model)
+    assert form is not None
+    newest = {older: newer for newer, older in form.aliases.items()}
+    names = {name: form.external_name(name) for name in model.state_dict()}
     weights = {newest.get(names[k], names[k]): v for k, v in model.state_dict().items()}
     missing, unexpected = external.load_state_dict(weights, strict=False)
     assert not unexpected
-    assert not [name for name in missing if convert.file_name(name, kind)]
+    assert not [name for name in missing if form.file_name(name)]

@@ -37,7 +37,7 @@ def compare(
     """Print how far the other library's logits of `path` are from ours, at the same random tokens.
 
     Ours are those of `model` with `weights`, in float32; the others of the files in `path`, read in
-    a format. `scratch` is a folder for a copy. A library that is not installed is said so, and nothing is compared.
+    a format. `scratch` is a folder for a copy. Where the library is not installed a line says so.
 
     Raises:
         ValueError: if they differ by more than `TOLERANCE` of the largest logit.

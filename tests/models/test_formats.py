@@ -7,15 +7,18 @@ import torch
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, RwkvConfig, RwkvForCausalLM
 
-from models import convert
+from models.families import formats
+from models.formats import SIZES, same_dtype
 from models.gpt.model import GPT
 from models.language_model import LanguageModel
 from models.rwkv4 import rescale
 from models.rwkv4.model import RWKV4
+from models.sizing import build_empty
 
 RWKV_NET = {"vocab_size": 50, "n_layer": 3, "n_embd": 16, "n_ffn": 40, "ctx_len": 32}
 GPT_NET = RWKV_NET | {"n_head": 2, "rotary_pct": 0.25}
-NETS = {kind: GPT_NET if kind == "hf_gpt_neox" else RWKV_NET for kind in convert.FAMILIES}
+FORMS = {name: form for name, (_, form) in formats().items()}
+NETS = {kind: GPT_NET if kind == "hf_gpt_neox" else RWKV_NET for kind in FORMS}
 KINDS = pytest.mark.parametrize("kind", NETS)
 HUGGING_FACE = {
     "hf_rwkv": (RwkvConfig, RwkvForCausalLM),
@@ -24,14 +27,18 @@ HUGGING_FACE = {
 NEOX_FIELDS = {"num_attention_heads": 2, "max_position_embeddings": 32}
 
 
+def empty_model(net: dict, kind: str) -> LanguageModel:
+    return build_empty(formats()[kind][0].model, net)
+
+
 def shapes_of(model: LanguageModel, kind: str) -> dict[str, tuple[int, ...]]:
-    return {convert.outside_name(k, kind): tuple(v.shape) for k, v in model.state_dict().items()}
+    return {FORMS[kind].external_name(k): tuple(v.shape) for k, v in model.state_dict().items()}
 
 
 @KINDS
 def test_a_name_has_one_counterpart(kind: str) -> None:
-    ours = convert.empty_model(NETS[kind], kind).state_dict()
-    theirs = {convert.outside_name(name, kind): name for name in ours}
+    ours = empty_model(NETS[kind], kind).state_dict()
+    theirs = {FORMS[kind].external_name(name): name for name in ours}
     assert len(theirs) == len(ours)  # so the table can be read both ways
     if kind.startswith("rwkv_"):
         assert list(theirs) == list(theirs.values()) == list(ours)
@@ -39,9 +46,9 @@ def test_a_name_has_one_counterpart(kind: str) -> None:
         return
     config_class, model_class = HUGGING_FACE[kind]
     with torch.device("meta"):
-        config = convert.hf_config(convert.empty_model(NETS[kind], kind), 0, "float32")
+        config = FORMS[kind].config(empty_model(NETS[kind], kind), 0, "float32")
         twin = model_class(config_class(**config)).state_dict()
-    expected = {convert.file_name(name, kind): tuple(value.shape) for name, value in twin.items()}
+    expected = {FORMS[kind].file_name(name): tuple(value.shape) for name, value in twin.items()}
     expected.pop(None, None)
     assert {name: tuple(ours[theirs[name]].shape) for name in theirs} == expected
 
@@ -54,50 +61,50 @@ def test_sizes_are_read_off_the_tensors(seed: int) -> None:
         sizes = {"vocab_size": rng.randint(2, 99), "n_layer": rng.randint(1, 12)}
         sizes |= {"n_embd": 16 * heads, "n_ffn": rng.randint(1, 99)}
         more = {"ctx_len": 8} | ({"n_head": heads} if "n_head" in net else {})
-        model = convert.empty_model(sizes | more, kind)
-        assert convert.infer_sizes(shapes_of(model, kind), kind) == sizes
+        model = empty_model(sizes | more, kind)
+        assert FORMS[kind].infer_sizes(shapes_of(model, kind)) == sizes
 
 
 @KINDS
 def test_a_tensor_missing_extra_or_misshapen_is_named(kind: str) -> None:
-    model = convert.empty_model(NETS[kind], kind)
+    model = empty_model(NETS[kind], kind)
     shapes = shapes_of(model, kind)
-    assert set(convert.match(shapes, model, kind)) == set(model.state_dict())
+    assert set(FORMS[kind].match(shapes, model)) == set(model.state_dict())
     for theirs, shape in shapes.items():
         less = {name: shape for name, shape in shapes.items() if name != theirs}
         with pytest.raises(ValueError, match=f"tensor {theirs} is missing"):
-            convert.match(less, model, kind)
+            FORMS[kind].match(less, model)
         with pytest.raises(ValueError, match=f"tensor {theirs} has shape"):
-            convert.match(shapes | {theirs: (*shape[:-1], shape[-1] + 1)}, model, kind)
-    extra = convert.outside_name("blocks.0.att.ln_x.weight", kind)
+            FORMS[kind].match(shapes | {theirs: (*shape[:-1], shape[-1] + 1)}, model)
+    extra = FORMS[kind].external_name("blocks.0.att.ln_x.weight")
     with pytest.raises(ValueError, match=f"tensor {extra} is not one of a"):
-        convert.match(shapes | {extra: (16,)}, model, kind)
-    far = convert.outside_name("blocks.99999999.ln1.weight", kind)
-    sizes = convert.infer_sizes(shapes | {far: (16,)}, kind)
+        FORMS[kind].match(shapes | {extra: (16,)}, model)
+    far = FORMS[kind].external_name("blocks.99999999.ln1.weight")
+    sizes = FORMS[kind].infer_sizes(shapes | {far: (16,)})
     assert sizes["n_layer"] == 4  # counted, not believed
-    del shapes[convert.outside_name("emb.weight", kind)]
+    del shapes[FORMS[kind].external_name("emb.weight")]
     with pytest.raises(ValueError, match="is missing: not a whole checkpoint"):
-        convert.infer_sizes(shapes, kind)
+        FORMS[kind].infer_sizes(shapes)
 
 
 def test_vectors_of_either_shape_are_taken_and_matrices_are_not() -> None:
-    model = convert.empty_model(RWKV_NET, "rwkv_pth")
+    model = empty_model(RWKV_NET, "rwkv_pth")
     shapes = shapes_of(model, "rwkv_pth")
     assert shapes["blocks.1.att.time_mix_k"] == (1, 1, 16)
     flat = {name: s[-1:] if s[:-1] == (1, 1) else s for name, s in shapes.items()}
-    assert convert.match(flat, model, "rwkv_pth")
+    assert FORMS["rwkv_pth"].match(flat, model)
     for name, shape in (("blocks.1.att.time_mix_k", (2, 1, 16)), ("head.weight", (50 * 16,))):
         with pytest.raises(ValueError, match=f"tensor {name} has shape"):
-            convert.match(shapes | {name: shape}, model, "rwkv_pth")
+            FORMS["rwkv_pth"].match(shapes | {name: shape}, model)
 
 
 def test_buffers_prefixes_and_second_names() -> None:
     for name in ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"):
-        assert convert.file_name(f"gpt_neox.layers.0.{name}", "hf_gpt_neox") is None
+        assert FORMS["hf_gpt_neox"].file_name(f"gpt_neox.layers.0.{name}") is None
     for name in ("attention.dense.bias", "attention.query_key_value.bias"):
-        assert convert.file_name(f"gpt_neox.layers.0.{name}", "hf_gpt_neox") is not None
-    assert convert.file_name("lm_head.weight", "hf_gpt_neox") == "embed_out.weight"
-    assert convert.file_name("_forward_module.emb.weight", "rwkv_pth") == "emb.weight"
+        assert FORMS["hf_gpt_neox"].file_name(f"gpt_neox.layers.0.{name}") is not None
+    assert FORMS["hf_gpt_neox"].file_name("lm_head.weight") == "embed_out.weight"
+    assert FORMS["rwkv_pth"].file_name("_forward_module.emb.weight") == "emb.weight"
 
 
 @pytest.mark.parametrize(
@@ -128,31 +135,31 @@ def test_buffers_prefixes_and_second_names() -> None:
 )
 def test_a_config_that_we_cannot_follow_is_refused(kind: str, fields: dict, message: str) -> None:
     config = (NEOX_FIELDS if kind == "hf_gpt_neox" else {}) | fields
-    sizes = {key: RWKV_NET[key] for key in convert.SIZES}
+    sizes = {key: RWKV_NET[key] for key in SIZES}
     with pytest.raises(ValueError, match=message):
-        convert.hf_settings(config, sizes, kind)
+        FORMS[kind].settings(config, sizes)
 
 
 def test_settings_come_back_out_of_a_config_of_either_age() -> None:
-    sizes = {key: GPT_NET[key] for key in convert.SIZES}
+    sizes = {key: GPT_NET[key] for key in SIZES}
     settings = {"ctx_len": 32, "n_head": 2, "rotary_pct": 0.5}
     old = NEOX_FIELDS | {"rotary_pct": 0.5, "rotary_emb_base": 10000, "rope_scaling": None}
     new = GPTNeoXConfig(**NEOX_FIELDS, rotary_pct=0.5, hidden_size=16, vocab_size=50,
                         num_hidden_layers=3, intermediate_size=40).to_dict()  # fmt: skip
     assert "rope_parameters" in new
-    assert convert.hf_settings(old, sizes, "hf_gpt_neox") == settings
-    assert convert.hf_settings(new, sizes, "hf_gpt_neox") == settings
-    assert convert.hf_settings(NEOX_FIELDS, sizes, "hf_gpt_neox") == settings | {"rotary_pct": 0.25}
-    assert convert.hf_settings({"context_length": 7}, sizes, "hf_rwkv") == {"ctx_len": 7}
+    assert FORMS["hf_gpt_neox"].settings(old, sizes) == settings
+    assert FORMS["hf_gpt_neox"].settings(new, sizes) == settings
+    assert FORMS["hf_gpt_neox"].settings(NEOX_FIELDS, sizes) == settings | {"rotary_pct": 0.25}
+    assert FORMS["hf_rwkv"].settings({"context_length": 7}, sizes) == {"ctx_len": 7}
 
 
 def test_the_rotated_share_survives_rounding() -> None:
     for K in (2, 3, 48, 49, 64, 80, 98, 103, 107, 128, 161):
         net = GPT_NET | {"n_layer": 1, "n_embd": K, "n_head": 1, "rotary_pct": 0.0}
-        model = convert.empty_model(net, "hf_gpt_neox")
+        model = empty_model(net, "hf_gpt_neox")
         for n in range(0, K + 1, 2):
             model.n_rotary = n
-            assert int(K * convert.hf_config(model, 0, "float32")["rotary_pct"]) == n
+            assert int(K * FORMS["hf_gpt_neox"].config(model, 0, "float32")["rotary_pct"]) == n
 
 
 def deep_rwkv(n_layer: int, every: int) -> RwkvForCausalLM:
@@ -165,7 +172,7 @@ def deep_rwkv(n_layer: int, every: int) -> RwkvForCausalLM:
 def our_weights(twin: RwkvForCausalLM, n_layer: int) -> dict[str, Tensor]:
     state = twin.state_dict()
     ours = RWKV4(20, n_layer, 16, 8).state_dict()
-    return {name: state[convert.outside_name(name, "hf_rwkv")] for name in ours}
+    return {name: state[FORMS["hf_rwkv"].external_name(name)] for name in ours}
 
 
 @pytest.mark.parametrize(("n_layer", "every"), [(7, 6), (12, 6), (13, 4), (6, 2), (4, 1)])
@@ -221,12 +228,12 @@ def test_the_guess_is_seldom_wrong(n_layer: int, stray: float, most: float) -> N
 
 def test_mixed_dtypes_are_named_by_the_most_values_and_integers_refused() -> None:
     half, full = torch.zeros(9, dtype=torch.bfloat16), torch.zeros(3)
-    assert convert.same_dtype([full, half]) == "bfloat16"
+    assert same_dtype([full, half]) == "bfloat16"
     with pytest.raises(ValueError, match=r"torch\.int64 cannot be used"):
-        convert.same_dtype([half, torch.zeros(2, dtype=torch.int64)])
+        same_dtype([half, torch.zeros(2, dtype=torch.int64)])
 
 
 def test_a_head_count_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="n_head must divide n_embd"):
-        convert.empty_model(GPT_NET | {"n_head": 3}, "hf_gpt_neox")
-    assert isinstance(convert.empty_model(GPT_NET, "hf_gpt_neox"), GPT)
+        empty_model(GPT_NET | {"n_head": 3}, "hf_gpt_neox")
+    assert isinstance(empty_model(GPT_NET, "hf_gpt_neox"), GPT)
