@@ -14,18 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.gpt.step import STEP, STEP_NAMES, gpt_step
 from models.language_model import LanguageModel, State, check_n_pad
 from models.ops.linear import Linear
-from models.ops.step import gpt_step, names, step_weights
+from models.ops.step import step_weights
 
 ROTARY_BASE = 10000.0
 TAIL = 128  # tokens gathered one by one before they join the rest of a cache
-STEP_NAMES = names(
-    "ln1.weight ln1.bias ln2.weight ln2.bias att.qkv.bias att.output.bias ffn.up.bias "
-    "ffn.down.bias",
-    "att.qkv.weight att.output.weight ffn.up.weight ffn.down.weight",
-)
-
 KeyValue = tuple[Tensor, Tensor]  # keys and values of a layer, each (B, H, t, K)
 Cache = list[KeyValue]  # of a layer: nothing, all of it, or all but a tail and that tail
 
@@ -248,7 +243,7 @@ class GPT(LanguageModel):
         )
         if not fits or (n_pad is not None and n_pad.shape != (len(x),)):
             return None
-        weights = step_weights(x, self.blocks, STEP_NAMES, (*still, *old))
+        weights = step_weights(STEP, x, self.blocks, STEP_NAMES, (*still, *old))
         if weights is None:
             return None
         position = torch.tensor([t]) if n_pad is None else (t - n_pad).clamp(min=0)

@@ -28,16 +28,16 @@ class BuildError(Exception):
     """A library cannot be built; the message says in one line why."""
 
 
-def load_library(source: str) -> ctypes.CDLL:
-    """Load csrc/<source>, compiled before into the user's cache, or now.
+def load_library(source: str | Path) -> ctypes.CDLL:
+    """Load csrc/<source>, or a file elsewhere, compiled before into the user's cache, or now.
 
     Raises BuildError when there is no C++ compiler, or when it fails.
     """
-    path = SOURCES / source
+    path = SOURCES / source  # a whole path stays what it is
     command, identity = _native_compiler()
     key = _key(path, identity)
     try:
-        target = _cache_folder() / f"{path.stem}-{key}.so"
+        target = _cache_folder() / f"{path.parent.name}-{path.stem}-{key}.so"
         if target.exists():
             try:
                 return ctypes.CDLL(str(target))
@@ -151,7 +151,7 @@ def _compiler() -> list[str]:
 
 def _compile(command: list[str], source: Path, target: Path) -> None:
     with _replacing(target) as temporary:
-        done = _run([*command, "-o", temporary, str(source)])
+        done = _run([*command, f"-I{SOURCES}", "-o", temporary, str(source)])
         if done.returncode != 0:
             raise BuildError(f"{command[0]} fails on {source.name}: {_first_line(done.stderr)}")
 

@@ -15,18 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from models.language_model import LanguageModel, State, check_n_pad
 from models.ops.linear import Linear
 from models.ops.shift import gated_linear, shift_linear, squared_relu
-from models.ops.step import Weights, names, rwkv4_step, step_weights
+from models.ops.step import Weights, step_weights
 from models.ops.wkv import can_step, live_backend, time_mix_step, wkv
+from models.rwkv4.step import STEP, STEP_NAMES, rwkv4_step
 
 EMPTY_EXPONENT = -1e38  # running max exponent of a WKV state that has seen nothing
 PAD_KEY = -1e30  # above EMPTY_EXPONENT, and so far below any key that exp(difference) is 0
-STEP_NAMES = names(
-    "ln1.weight ln1.bias ln2.weight ln2.bias att.time_decay att.time_first att.time_mix_k "
-    "att.time_mix_v att.time_mix_r ffn.time_mix_k ffn.time_mix_r",
-    "att.key.weight att.value.weight att.receptance.weight att.output.weight "
-    "ffn.key.weight ffn.receptance.weight ffn.value.weight",
-)
-
 # Shifted input of the time-mix (B, C), of the channel-mix (B, C), and WKV state (B, 3, C).
 LayerState = tuple[Tensor, Tensor, Tensor]
 
@@ -207,7 +201,7 @@ class RWKV4(LanguageModel):
             return None
         if self.backend not in ("auto", "cpu"):
             return None
-        return step_weights(x, self.blocks, STEP_NAMES, state.values())
+        return step_weights(STEP, x, self.blocks, STEP_NAMES, state.values())
 
     def init_state(self, batch_size: int, n_pad: Tensor | None = None) -> State:
         """The state before any token; the first n_pad[b] positions of row b leave no trace."""

@@ -1,42 +1,29 @@
-"""What CONTRIBUTING.md promises of every model, for every preset in conf/model."""
-
-from pathlib import Path
+"""What CONTRIBUTING.md promises of every model, for every architecture at every size."""
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from experiments.config.targets import resolve
+from models.families import families
 from models.generation import generate
 from models.language_model import LanguageModel, State, select_rows
 
-CONF = Path(__file__).parents[2] / "conf" / "model"
-PRESETS = sorted(path.stem for path in CONF.glob("*.yaml"))
+from ..presets import MODELS, SIZES, empty, net
+
 V, CTX = 61, 24
-
-
-def compose(name: str) -> DictConfig:
-    given = {"data": {"vocab_size": V}, "ctx_len": CTX}
-    return OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), given)
-
-
-def is_small(name: str) -> bool:
-    net = compose(name).net
-    return net.vocab_size == V and net.n_layer * net.n_embd**2 <= 4 * 128**2
-
-
-SMALL = [name for name in PRESETS if is_small(name)]
+SMALL = [(model, size) for model in MODELS for size in ("pico", "nano", "micro", "tiny")]
 
 
 @pytest.fixture(params=SMALL)
 def model(request: pytest.FixtureRequest) -> LanguageModel:
-    return build(request.param)
+    return build(*request.param)
 
 
-def build(name: str, **changes: object) -> LanguageModel:
+def build(name: str, size: str, **changes: object) -> LanguageModel:
     """The preset with every weight random, none of them zero."""
-    model = instantiate(compose(name).net, **changes)
+    settings = net(name, size, V, CTX) | changes
+    model = resolve(settings.pop("_target_"), LanguageModel)(**settings)
     with torch.no_grad():
         for parameter in model.parameters():
             scale = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 0.5
@@ -67,23 +54,16 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> N
     assert error < tolerance, error
 
 
-def test_both_families_have_small_presets() -> None:
-    assert {"rwkv4_nano", "rwkv4_micro", "rwkv4_tiny", "gpt_nano", "gpt_micro", "gpt_tiny"} <= set(
-        SMALL
-    )
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_builds_and_runs_on_meta(name: str) -> None:
-    cfg = compose(name)
-    assert cfg.name == name
-    assert 0 < cfg.final_lr < cfg.peak_lr < 1
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_preset_builds_and_runs_on_meta(name: str, size: str) -> None:
     with torch.device("meta"):
-        model = instantiate(cfg.net)
+        model = build(name, size) if (name, size) in SMALL else empty(name, size, V, CTX)
         logits, state = model(torch.zeros(2, 3, dtype=torch.int64))
     assert state is None
     assert logits.shape == (2, 3, model.vocab_size)
-    assert (model.family, model.ctx_len) == (cfg.family, CTX)
+    assert model.ctx_len == CTX
+    assert type(model) is families()[model.family].model
 
 
 @torch.no_grad()
@@ -162,9 +142,10 @@ def test_gradients_reach_every_parameter_and_through_the_state(model: LanguageMo
         assert_close(pieces[name], gradient, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["rwkv4_nano", "gpt_nano"])
+@pytest.mark.parametrize("name", MODELS)
 def test_activation_checkpointing_changes_nothing(name: str) -> None:
-    plain, saving = build(name), build(name, grad_checkpoint=True)
+    plain, saving = build(name, "nano"), build(name, "nano")
+    saving.grad_checkpoint = True
     saving.load_state_dict(plain.state_dict())
     ids, weight = tokens(2, 11), torch.randn(2, 11, V)
     expected = gradients(plain, plain(ids)[0], weight)
@@ -179,9 +160,9 @@ def test_evaluation_is_deterministic(model: LanguageModel) -> None:
     torch.testing.assert_close(model.eval()(ids)[0], train, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["rwkv4_nano", "gpt_nano"])
+@pytest.mark.parametrize("name", MODELS)
 def test_one_layer_and_one_token(name: str) -> None:
-    model = instantiate(compose(name).net, n_layer=1)
+    model = build(name, "nano", n_layer=1)
     logits, _ = model(tokens(1, 1))
     logits.sum().backward()
     assert torch.isfinite(logits).all()
@@ -213,9 +194,9 @@ def test_param_groups_hold_each_parameter_once(model: LanguageModel) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rwkv4_nano", "gpt_nano"])
+@pytest.mark.parametrize("name", MODELS)
 def test_compiling_in_place_keeps_the_keys(name: str) -> None:
-    model = build(name)
+    model = build(name, "nano")
     ids, weight = tokens(2, 11), torch.randn(2, 11, V)
     keys = list(model.state_dict())
     expected, expected_gradients = model(ids)[0], gradients(model, model(ids)[0], weight)
@@ -226,7 +207,7 @@ def test_compiling_in_place_keeps_the_keys(name: str) -> None:
         assert_close(gradient, expected_gradients[key], 1e-4)
 
 
-def test_prompts_of_different_lengths_go_on_as_each_alone(model: LanguageModel) -> None:
+def test_prompts_of_different_lengths_continue_as_each_alone(model: LanguageModel) -> None:
     prompts = [[5, 9, 2, 7], [3]]
     alone = [generate(model, [prompt], 4)[0] for prompt in prompts]
     assert generate(model, prompts, 4) == alone

@@ -1,19 +1,22 @@
-"""A token through all layers by one call: the layers' own results, and theirs where it must be."""
+"""A token through all layers by one call gives the layers' results, or is left to the layers."""
 
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from models import gpt
+from models.gpt import model as gpt
 from models.gpt.model import GPT
 from models.language_model import LanguageModel, State, select_rows
-from models.ops import build, cpu
+from models.ops import cpu
 from models.ops.linear import round_matrices
 from models.rwkv4.model import RWKV4
+from models.rwkv4.step import STEP
 
 V, CTX = 61, 40
 
@@ -43,16 +46,16 @@ def build_random(name: str) -> LanguageModel:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by a name with each call of a step's kernel."""
-    if cpu.missing("step_cpu.cpp") is not None:
+    if STEP.missing() is not None:
         pytest.skip("no compiler")
     made: list[str] = []
-    right = cpu.step
+    over_layers = cpu.Kernel.over_layers
 
-    def counted(name: str, *rest: object) -> None:
-        made.append(name)
-        right(name, *rest)  # type: ignore[arg-type]
+    def counted(kernel: cpu.Kernel, *rest: Any) -> None:
+        made.append(kernel.name)
+        over_layers(kernel, *rest)
 
-    monkeypatch.setattr(cpu, "step", counted)
+    monkeypatch.setattr(cpu.Kernel, "over_layers", counted)
     return made
 
 
@@ -62,7 +65,9 @@ def layer_by_layer() -> Iterator[None]:
     real = cpu.missing
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            cpu, "missing", lambda source="wkv_cpu.cpp": real(source) if "wkv" in source else "none"
+            cpu,
+            "missing",
+            lambda source="wkv_cpu.cpp": real(source) if source == "wkv_cpu.cpp" else "none",
         )
         yield
 
@@ -261,15 +266,17 @@ def test_a_state_that_does_not_fit_is_refused(calls: list[str]) -> None:
 
 
 @torch.no_grad()
-def test_the_rung_asked_for_is_the_one_that_runs(calls: list[str]) -> None:
-    model = RWKV4(V, 2, 16, CTX, wkv_backend="torch")
+def test_the_backend_asked_for_is_the_one_that_runs(calls: list[str]) -> None:
+    model = RWKV4(V, 2, 16, CTX)
+    model.backend = "torch"
     model(torch.zeros(1, 1, dtype=torch.int64), model.init_state(1))
     assert not calls
 
 
-def test_phases_are_as_many_as_are_counted() -> None:
-    text = (build.SOURCES / "step_cpu.cpp").read_text(encoding="utf-8")
-    for family, layer in (("RWKV", "void rwkv4_layer"), ("GPT", "void gpt_layer")):
-        body = text[text.index(layer) :].split("\n}\n")[0]
-        shared = len(re.findall(r"member\.share\(|multiply<W>\(", body))
-        assert f"{family}_PHASES = {shared};" in text
+@pytest.mark.parametrize("family", ["rwkv4", "gpt"])
+def test_phases_are_as_many_as_are_counted(family: str) -> None:
+    file = Path(gpt.__file__).parents[1] / family / "step.cpp"
+    text = file.read_text(encoding="utf-8")
+    body = text[text.index(f"void {family}_layer") :].split("\n}\n")[0]
+    shared = len(re.findall(r"member\.share\(|multiply<W>\(", body))
+    assert f"PHASES = {shared};" in text

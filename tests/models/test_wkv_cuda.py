@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import rwkv4
+from models.rwkv4 import model as rwkv4
 from models.ops import build, cpu, cuda
 from models.ops.wkv import wkv, wkv_reference
 from models.rwkv4.model import RWKV4

@@ -1,49 +1,13 @@
-// One token through all layers of a model on a CPU, behind a C interface for ctypes.
-//
-// A step reads every weight once and does little else, so what it must not do is wait: threads are
-// woken once, and then go through the phases of all layers together. What comes in is only read. Arrays are contiguous and float32, but for matrices, which share a
-// type; a layer's arrays come as a run of pointers, in the order of its struct.
+// One token through all layers of the GPT (models/ops/csrc/step.h).
 //
 // B rows, L layers, C embedding, F feed-forward, H heads, K = C / H.
-#include <cmath>
-#include <memory>
-#include <new>
-
-#include "rows.h"
+#include "step.h"
 
 namespace {
 
+using namespace step;  // NOLINT: this file is nothing but one
 using rows::Floats;
 using rows::LANES;
-using rows::multiply;
-using parallel::Member;
-using parallel::Threads;
-
-constexpr float EPSILON = 1e-5f;  // nn.LayerNorm's
-
-// ---- what both families do to a vector
-
-WKV_FN float total(const float* x, int64_t n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += x[i];
-  return sum;
-}
-
-void layer_norm(int64_t n, const float* x, const float* weight, const float* bias, float* y) {
-  const float mean = total(x, n) / float(n);
-  float squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < n; ++i) squares += (x[i] - mean) * (x[i] - mean);
-  const float scale = 1.0f / std::sqrt(squares / float(n) + EPSILON);
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
-}
-
-WKV_FN float sigmoid(float x) {
-  const float e = wkv::exp_nonpositive(-std::fabs(x));
-  return (x < 0 ? e : 1.0f) / (1.0f + e);
-}
 
 // x Phi(x), with the error function of Abramowitz and Stegun 7.1.26: within 1.5e-7.
 WKV_FN float gelu(float x) {
@@ -54,87 +18,6 @@ WKV_FN float gelu(float x) {
   const float outside = 0.5f * p * wkv::exp_nonpositive(-z * z);  // Phi(-|x|)
   return x * (x < 0 ? outside : 1.0f - outside);
 }
-
-// ---- RWKV-4
-
-template <typename W>
-struct RwkvLayer {
-  const float *ln1, *ln1_bias, *ln2, *ln2_bias;
-  const float *decay, *first, *mix_k, *mix_v, *mix_r, *ffn_mix_k, *ffn_mix_r;
-  const W *key, *value, *receptance, *output, *ffn_key, *ffn_receptance, *ffn_value;
-};
-
-struct RwkvState {  // (B, L, C), (B, L, C) and (B, L, 3, C)
-  float *att, *ffn, *wkv;
-};
-
-WKV_FN void mix(int64_t n, const float* before, const float* x, const float* share, float* y) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) y[i] = before[i] + share[i] * (x[i] - before[i]);
-}
-
-// y = sigmoid(r) wkv, and the state after; states are (3, C).
-void gated_wkv(int64_t n, const float* decay, const float* first, const float* k, const float* v,
-               const float* r, const float* before, float* after, float* y) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float e = wkv::exp_nonpositive(-std::fabs(decay[i]));
-    const float w = -(decay[i] > 0 ? 1.0f / e : e);
-    wkv::State<float> s{before[i], before[n + i], before[2 * n + i], 0.0f};
-    y[i] = sigmoid(r[i]) * wkv::forward_step(s, w, first[i], k[i], v[i]);
-    after[i] = s.num;
-    after[n + i] = s.den;
-    after[2 * n + i] = wkv::exponent(s, w);
-  }
-}
-
-constexpr int64_t RWKV_PHASES = 9;  // of a layer
-
-// x (B, C) goes through layer l in place.
-template <typename W>
-void rwkv4_layer(int64_t B, int64_t L, int64_t C, int64_t F, int64_t l, const RwkvLayer<W>& a,
-                 float* x, const RwkvState& old, const RwkvState& now, float* scratch,
-                 Member& member) {
-  float* mixed[3] = {scratch, scratch + B * C, scratch + 2 * B * C};
-  float *k = mixed[2] + B * C, *v = k + B * C, *r = v + B * C, *wide = r + B * C;
-  member.share(B, [&](int64_t b) {
-    const int64_t at = (b * L + l) * C;
-    layer_norm(C, x + b * C, a.ln1, a.ln1_bias, now.att + at);
-    const float* shares[] = {a.mix_k, a.mix_v, a.mix_r};
-    for (int i = 0; i < 3; ++i) mix(C, old.att + at, now.att + at, shares[i], mixed[i] + b * C);
-  });
-  multiply<W>(B, {{C, C, mixed[0], a.key, nullptr, k},
-                  {C, C, mixed[1], a.value, nullptr, v},
-                  {C, C, mixed[2], a.receptance, nullptr, r}}, member);
-  member.share(B, [&](int64_t b) {
-    const int64_t row = b * C, at = (b * L + l) * 3 * C;
-    gated_wkv(C, a.decay, a.first, k + row, v + row, r + row, old.wkv + at, now.wkv + at,
-              mixed[0] + row);
-  });
-  multiply<W>(B, {{C, C, mixed[0], a.output, nullptr, v}}, member);
-  member.share(B, [&](int64_t b) {
-    const int64_t row = b * C, at = (b * L + l) * C;
-#pragma omp simd
-    for (int64_t i = row; i < row + C; ++i) x[i] += v[i];
-    layer_norm(C, x + row, a.ln2, a.ln2_bias, now.ffn + at);
-    mix(C, old.ffn + at, now.ffn + at, a.ffn_mix_k, mixed[0] + row);
-    mix(C, old.ffn + at, now.ffn + at, a.ffn_mix_r, mixed[1] + row);
-  });
-  multiply<W>(B, {{C, F, mixed[0], a.ffn_key, nullptr, wide},
-                  {C, C, mixed[1], a.ffn_receptance, nullptr, r}}, member);
-  member.share(B, [&](int64_t b) {
-#pragma omp simd
-    for (int64_t i = b * F; i < (b + 1) * F; ++i)
-      wide[i] = wide[i] < 0 ? 0.0f : wide[i] * wide[i];  // NaN stays
-  });
-  multiply<W>(B, {{F, C, wide, a.ffn_value, nullptr, v}}, member);
-  member.share(B, [&](int64_t b) {
-#pragma omp simd
-    for (int64_t i = b * C; i < (b + 1) * C; ++i) x[i] += sigmoid(r[i]) * v[i];
-  });
-}
-
-// ---- GPT-NeoX
 
 template <typename W>
 struct GptLayer {
@@ -233,7 +116,7 @@ struct Attention {
   }
 };
 
-constexpr int64_t GPT_PHASES = 5;  // of a layer
+constexpr int64_t PHASES = 5;  // of a layer
 
 // x (B, C) goes through a layer in place.
 template <typename W>
@@ -264,55 +147,7 @@ void gpt_layer(int64_t B, int64_t C, int64_t F, const Attention& attention, cons
   });
 }
 
-// ---- the way through all layers
-
-// Calls layer(arrays, l, member) for each of L layers, whose arrays are n bytes of pointers.
-template <typename Layer, typename Call>
-void through(int64_t L, int64_t n_phases, const void* const* pointers, Threads threads,
-             const Call& call) {
-  parallel::in_phases(L * n_phases, threads, [&](Member& member) {
-    for (int64_t l = 0; l < L; ++l) {
-      Layer arrays;
-      std::memcpy(&arrays, pointers + l * (sizeof arrays / sizeof(void*)), sizeof arrays);
-      call(l, arrays, member);
-    }
-  });
-}
-
-// 0, 1 for a type of matrices it does not know, or 2 when memory ran out.
-template <typename Run>
-int for_dtype(int dtype, const Run& run) {
-  try {
-    switch (dtype) {  // the order of _DTYPES in cpu.py
-      case 0: return run(float{}), 0;
-      case 1: return run(wkv::Half{}), 0;
-      case 2: return run(wkv::BFloat16{}), 0;
-    }
-  } catch (const std::bad_alloc&) {
-    return 2;
-  }
-  return 1;
-}
-
 }  // namespace
-
-extern "C" int rwkv4_step(int dtype, int64_t B, int64_t L, int64_t C, int64_t F,
-                          const void* const* layers, float* x, float* att, float* ffn, float* wkv,
-                          float* new_att, float* new_ffn, float* new_wkv, int64_t n_threads,
-                          void* fork) {
-  const RwkvState old{att, ffn, wkv}, now{new_att, new_ffn, new_wkv};
-  return for_dtype(dtype, [&](auto like) {
-    using W = decltype(like);
-    const std::unique_ptr<float[]> scratch(new float[B * (6 * C + F)]);
-    const Threads threads =
-        rows::worthwhile({n_threads, reinterpret_cast<parallel::Fork>(fork)},
-                         (5 * C * C + 2 * C * F) * int64_t(sizeof(W)), B);
-    through<RwkvLayer<W>>(L, RWKV_PHASES, layers, threads,
-                          [&](int64_t l, const RwkvLayer<W>& layer, Member& member) {
-      rwkv4_layer(B, L, C, F, l, layer, x, old, now, scratch.get(), member);
-    });
-  });
-}
 
 // cos and sin are (B or 1, half); n_pad (B) may be null.
 extern "C" int gpt_step(int dtype, int64_t B, int64_t L, int64_t C, int64_t F, int64_t H,
@@ -328,7 +163,7 @@ extern "C" int gpt_step(int dtype, int64_t B, int64_t L, int64_t C, int64_t F, i
     const Threads threads =
         rows::worthwhile({n_threads, reinterpret_cast<parallel::Fork>(fork)},
                          (4 * C * C + 2 * C * F) * int64_t(sizeof(W)) + 8 * C * t, B);
-    through<GptLayer<W>>(L, GPT_PHASES, layers, threads,
+    through<GptLayer<W>>(L, PHASES, layers, threads,
                          [&](int64_t, const GptLayer<W>& layer, Member& member) {
       gpt_layer(B, C, F, attention, layer, x, scratch.get(), member);
     });
