@@ -115,6 +115,7 @@ def paper_pack(
 ) -> Path:
     """A pack of the twelve tasks, made from `paper_rows`."""
     from experiments.evaluation.task_rows import Source
+
     from experiments.evaluation.tasks import Tasks
     from experiments.prefetch import make_pack
 

@@ -22,6 +22,7 @@ def small_pack(
 ) -> Path:
     """Two tasks, with a tokenizer."""
     from experiments.evaluation.task_rows import Source
+
     from experiments.evaluation.tasks import Tasks
     from experiments.prefetch import make_pack
 

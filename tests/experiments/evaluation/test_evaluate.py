@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from experiments.config.entry import CONF_DIR
 from experiments.data.prepare import prepare
 from experiments.data.token_data import TokenData
-from experiments.evaluate import Evaluation
+from experiments.evaluation.evaluating import Evaluation
 from experiments.evaluation.scores import result_file, table
 from experiments.evaluation.tasks import Tasks
 from experiments.runs.run_dir import RunDir
@@ -29,7 +29,6 @@ NET = {
     "n_layer": 1,
     "n_embd": 16,
     "ctx_len": 64,
-    "wkv_backend": "torch",
 }
 TASK_YAML = """
 task: {name}

@@ -47,7 +47,7 @@ def randomised(model: LanguageModel) -> LanguageModel:
 
 
 def rwkv(vocab_size: int = 256, ctx_len: int = 48) -> LanguageModel:
-    return randomised(RWKV4(vocab_size, n_layer=2, n_embd=16, ctx_len=ctx_len, wkv_backend="torch"))
+    return randomised(RWKV4(vocab_size, n_layer=2, n_embd=16, ctx_len=ctx_len))
 
 
 def gpt(vocab_size: int = 256, ctx_len: int = 48) -> LanguageModel:

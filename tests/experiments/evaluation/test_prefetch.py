@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from experiments.evaluation.task_rows import read_jsonl
 
 from experiments import prefetch
 from experiments.config.entry import CONF_DIR
@@ -27,7 +28,6 @@ from experiments.evaluation.squad_metrics import (
     normalize_answer,
     stand_in,
 )
-from experiments.evaluation.task_rows import read_jsonl
 from experiments.evaluation.tasks import Tasks
 from experiments.system.files import write_json
 from models.rwkv4.model import RWKV4
@@ -425,7 +425,7 @@ socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A finished run of a tiny model that reads bytes."""
-    net = {"vocab_size": 256, "n_layer": 1, "n_embd": 16, "ctx_len": 64, "wkv_backend": "torch"}
+    net = {"vocab_size": 256, "n_layer": 1, "n_embd": 16, "ctx_len": 64}
     run = tmp_path / "runs" / "toy" / "rwkv4" / "seed=0"
     (run / "checkpoints").mkdir(parents=True)
     write_json(

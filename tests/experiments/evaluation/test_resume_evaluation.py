@@ -16,7 +16,7 @@ from tokenizers import models, pre_tokenizers
 
 from experiments.config.entry import CONF_DIR, RunFailed
 from experiments.data.tokenizer import JsonTokenizer
-from experiments.evaluate import Evaluation
+from experiments.evaluation.evaluating import Evaluation
 from experiments.evaluation.pack import Pack
 from experiments.runs.run_dir import RunDir
 from experiments.runs.trained_model import load_model, load_tokenizer

@@ -160,7 +160,7 @@ def test_bits_per_byte_is_the_trainers_definition(family) -> None:
     if family == "gpt":
         model = GPT(256, n_layer=1, n_embd=16, n_head=1, ctx_len=ctx_len, rotary_pct=0.5)
     else:
-        model = RWKV4(256, n_layer=1, n_embd=16, ctx_len=ctx_len, wkv_backend="torch")
+        model = RWKV4(256, n_layer=1, n_embd=16, ctx_len=ctx_len)
     nn.init.normal_(model.emb.weight)
     model.eval()
     text = NUMBERED[: 8 * ctx_len]
