@@ -14,6 +14,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.system.files import sha256
+
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
@@ -96,7 +98,7 @@ def check_file(folder: Path, name: str, digest: str) -> None:
         raise ValueError(f"the pack names a file outside its folder, {name!r}: do not use it")
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: copy the pack again")
-    if file_hash(file) != digest:
+    if sha256(file) != digest:
         raise ValueError(f"{file} is damaged: its hash is off; copy the pack again")
 
 
@@ -141,9 +143,3 @@ def check_columns(features: "Features", file: str) -> None:
 def content_hash(content: Any) -> str:
     """Hash of a JSON value; 64 hex digits."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def file_hash(file: Path) -> str:
-    """SHA-256 of a file, 64 hex digits."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

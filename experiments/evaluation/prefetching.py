@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from experiments.config.entry import one_line
-from experiments.evaluation.pack import content_hash, file_hash, rows_file, write_rows
+from experiments.evaluation.pack import content_hash, rows_file, write_rows
 from experiments.evaluation.task_files import (
     data_set_names,
     definition,
@@ -23,7 +23,7 @@ from experiments.evaluation.task_files import (
     task_from_rows,
 )
 from experiments.evaluation.tasks import Tasks
-from experiments.system.files import write_json
+from experiments.system.files import sha256, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,7 +71,7 @@ def make_pack(out: Path, wanted: Wanted) -> str:
             "lm_eval": version("lm-eval"),
             "tasks": tasks,
             "groups": {name: leaves for name, leaves in members.items() if leaves != [name]},
-            "files": {path.relative_to(folder).as_posix(): file_hash(path) for path in files},
+            "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
         }
         content["hash"] = content_hash(content)
         write_json(folder / "pack.json", content)
@@ -211,7 +211,7 @@ def read_jsonl(file: Path) -> "Dataset":
     number = 0
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(stream, 1):  # noqa: B007, the last one is named
                 if line.strip():
                     rows.append(json.loads(line))
                     if rows[-1].keys() != rows[0].keys():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.config.entry import one_line
 from experiments.evaluation.held_out_tasks import OWN_TASKS
-from experiments.evaluation.pack import Pack, content_hash, file_hash
+from experiments.evaluation.pack import Pack, content_hash
 from experiments.evaluation.task_files import (
     data_set_names,
     definition,
@@ -21,6 +21,7 @@ from experiments.evaluation.task_files import (
     task_config,
     task_from_rows,
 )
+from experiments.system.files import sha256
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -238,7 +239,7 @@ class Tasks:
         files = sorted({one.yaml_path.resolve() for one in found if one.yaml_path})
         code = sorted({path for file in files for path in file.parent.glob("*.py")})
         definitions = [definition(file, root) for file in files]
-        return content_hash([definitions, [file_hash(path) for path in code]])[:16]
+        return content_hash([definitions, [sha256(path) for path in code]])[:16]
 
     def documents(self, name: str) -> dict[str, Any]:
         """What is known of a task's documents.

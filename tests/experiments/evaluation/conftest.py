@@ -114,15 +114,13 @@ def paper_pack(
     tmp_path_factory: pytest.TempPathFactory, paper_rows: Path, small_index: Any
 ) -> Path:
     """A pack of the twelve tasks, made from `paper_rows`."""
-    from experiments.evaluation.task_rows import Source
-
+    from experiments.evaluation.prefetching import Wanted, find_files, make_pack
     from experiments.evaluation.tasks import Tasks
-    from experiments.prefetch import make_pack
 
     out = tmp_path_factory.mktemp("packs") / "paper12"
-    wanted = {"num_fewshot": 0, "n_documents": {"piqa": 1838, "copa": N_ROWS}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tasks, "_manager", small_index)
         tasks = Tasks([*PAPER12[2:], "ai2_arc"], None, 0)
-        make_pack(out, tasks, Source(paper_rows, {}, list(PAPER12)), wanted, None)
+        files = find_files(paper_rows, {}, list(PAPER12))
+        make_pack(out, Wanted(tasks, 0, {"piqa": 1838, "copa": N_ROWS}, files))
     return out

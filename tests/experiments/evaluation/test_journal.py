@@ -22,12 +22,6 @@ def test_answers_come_back_exactly(tmp_path: Path) -> None:
     assert again["c"][0] != again["c"][0]
 
 
-def test_answers_are_on_disk_at_once(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, "task", PROTOCOL)
-    journal.add({"a": [1.0, True]})  # never closed: as when killed now
-    assert Journal(tmp_path, "task", PROTOCOL).answers == {"a": [1.0, True]}
-
-
 def test_a_line_cut_short_costs_only_itself(tmp_path: Path) -> None:
     with Journal(tmp_path, "task", PROTOCOL) as journal:
         journal.add({"a": [1.0, True], "b": [2.0, False]})
@@ -50,13 +44,6 @@ def test_other_processes_count_and_other_protocols_do_not(tmp_path: Path) -> Non
     assert set(first.answers) == {"a"}
     first.discard()
     assert [file.name.split(".")[0] for file in tmp_path.iterdir()] == ["other"]
-
-
-def test_without_a_folder_nothing_is_written(tmp_path: Path) -> None:
-    journal = Journal()
-    journal.add({"a": 1})
-    assert journal.answers == {"a": 1}
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_keys_tell_requests_apart() -> None:

@@ -1,7 +1,6 @@
 """The adapter against brute force (each request alone, whole) and lm-eval's `hf` backend."""
 
 import json
-import math
 import re
 
 import pytest
@@ -14,10 +13,8 @@ from torch import nn
 from experiments.data.tokenizer import BytesTokenizer, JsonTokenizer, Tokenizer
 from experiments.evaluation.adapter import LanguageModelLM
 from experiments.evaluation.options import GenerationOptions
-from experiments.evaluation.scoring import Scorer
 from models.gpt.model import GPT
 from models.language_model import LanguageModel
-from models.ops.linear import round_matrices
 from models.rwkv4.model import RWKV4
 
 TEXT = "the cat and the hat and the bat sat on a mat; " * 20
@@ -138,31 +135,6 @@ def test_an_answer_swallowed_by_a_merge_is_refused(bpe) -> None:
 
 
 @FAMILIES
-def test_greedy_answers_are_found(build) -> None:
-    model, tokenizer = build(), BytesTokenizer()
-    ids = tokenizer.encode("the cat")
-    for _ in range(3):
-        logits, _ = model(torch.tensor([ids]))
-        ids = [*ids, logits[0, -1].argmax().item()]
-    lm = LanguageModelLM(model, tokenizer)
-    right = tokenizer.encode("the cat"), ids[-3:]
-    wrong = right[0], [*ids[-3:-1], (ids[-1] + 1) % 256]
-    answers = lm._loglikelihood_tokens([(None, *right), (None, *wrong), (None, *wrong)])
-    assert [greedy for _, greedy in answers] == [True, False, False]
-
-
-def test_ties_are_exact() -> None:
-    model = gpt()
-    nn.init.zeros_(model.head.weight)  # every token as likely as any other
-    pairs = [("the cat", x) for x in ("abc", "xyz", "a", "b")]
-    scores = LanguageModelLM(model, BytesTokenizer()).loglikelihood(
-        requests("loglikelihood", pairs)
-    )
-    assert scores[0][0] == scores[1][0] == pytest.approx(-3 * math.log(256))
-    assert scores[2][0] == scores[3][0]
-
-
-@FAMILIES
 def test_too_long_contexts_are_cut_on_the_left_for_gpt_alone(build) -> None:
     model, tokenizer = build(ctx_len=16), BytesTokenizer()
     lm = LanguageModelLM(model, tokenizer)
@@ -176,16 +148,6 @@ def test_too_long_contexts_are_cut_on_the_left_for_gpt_alone(build) -> None:
     if model.max_ctx is not None:
         with pytest.raises(ValueError, match="answer of 17 tokens is longer than this gpt"):
             lm.loglikelihood(requests("loglikelihood", [(context, "y" * 17)]))
-
-
-def test_ragged_shared_contexts_never_overrun_the_context() -> None:
-    # together, the longest context and the longest answer exceed max_ctx; alone, neither pair does
-    model, tokenizer = gpt(ctx_len=16), BytesTokenizer()
-    pairs = [("0123456789ab", "x"), ("0123456789ab", "y"), ("01", "z" * 14), ("01", "w" * 14)]
-    scores = LanguageModelLM(model, tokenizer).loglikelihood(requests("loglikelihood", pairs))
-    for (context, answer), (score, _) in zip(pairs, scores, strict=True):
-        want, _ = brute_force(model, tokenizer.encode(context), tokenizer.encode(answer))
-        assert score == pytest.approx(want, abs=1e-4)
 
 
 @FAMILIES
@@ -258,17 +220,6 @@ def test_bad_options_are_one_line(options, message) -> None:
 def test_a_tokenizer_of_another_model_is_refused(bpe) -> None:
     with pytest.raises(ValueError, match="270 ids but the model knows 256"):
         LanguageModelLM(gpt(256), bpe)
-
-
-@FAMILIES
-def test_low_precision_stays_close(build) -> None:
-    model, pairs = build(), requests("loglikelihood", PAIRS)
-    full = LanguageModelLM(model, BytesTokenizer()).loglikelihood(pairs)
-    lm = LanguageModelLM(round_matrices(model, torch.bfloat16), BytesTokenizer())
-    half = lm.loglikelihood(pairs)
-    assert lm.protocol["dtype"] == "bfloat16"
-    assert [s for s, _ in half] == pytest.approx([s for s, _ in full], rel=0.05)
-    assert half != full
 
 
 class Alphabet(LanguageModel):
@@ -387,30 +338,6 @@ def test_generation_options() -> None:
         LanguageModelLM(gpt(), BytesTokenizer()).generate_until(
             requests("generate_until", [("a", {"until": [], "max_gen_toks": 48})])
         )
-
-
-class CountTokens:
-    """Counts the tokens a model is run on."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        self.n = 0
-        features = model.features
-
-        def counting(ids, state=None):
-            self.n += ids.numel()
-            return features(ids, state)
-
-        model.features = counting  # type: ignore[method-assign]
-
-
-@FAMILIES
-def test_a_shared_context_is_run_once(build) -> None:
-    model = build()
-    count = CountTokens(model)
-    context = tuple(range(1, 33))
-    answers = [(1, 2, 3), (4, 5, 6), (7, 8, 9), (10, 11, 12)]
-    Scorer(model).score([(context, answer) for answer in answers])
-    assert count.n == 31 + 4 * 3
 
 
 HF_NAMES = {

@@ -11,11 +11,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from tokenizers import Tokenizer as Engine
-from tokenizers import models, pre_tokenizers
 
 from experiments.config.entry import CONF_DIR, RunFailed
-from experiments.data.tokenizer import JsonTokenizer
 from experiments.evaluation.evaluating import Evaluation
 from experiments.evaluation.pack import Pack
 from experiments.runs.run_dir import RunDir
@@ -134,20 +131,6 @@ def numbers(text: str) -> list[float]:
     return [float(found) for found in re.findall(r": (-?[0-9]+\.[0-9e+-]+)", text)]
 
 
-def test_shares_are_a_partition_of_about_equal_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    items = [5, 1, 1, 9, 2, 2, 7, 3, 1, 1, 8, 4]
-    for n in (1, 2, 3, 5, 40):
-        monkeypatch.setattr(ranks, "size", lambda n=n: n)
-        parts = []
-        for rank in range(n):
-            monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-            parts.append(ranks.share(items, lambda cost: cost))
-        assert [item for part in parts for item in part] == items
-        if n <= 3:
-            assert max(map(sum, parts)) <= sum(items) / n + max(items)
-    assert ranks.share([], lambda cost: 1) == []
-
-
 def test_the_first_process_says_what_is_scored_already(
     run: RunDir, paper_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,17 +141,6 @@ def test_the_first_process_says_what_is_scored_already(
     monkeypatch.setattr(ranks, "gather", lambda mine: [next(told), mine])
     assert evaluation(paper_pack).score(run) == first
     assert not any((run.path / "eval").iterdir())
-
-
-def test_another_tokenizer_is_another_score(run: RunDir, paper_pack: Path) -> None:
-    one = evaluation(paper_pack).score(run)["piqa"]["protocol"]
-    engine = Engine(models.WordLevel({"<|endoftext|>": 0, "a": 1, "?": 2}, unk_token="?"))
-    engine.pre_tokenizer = pre_tokenizers.Whitespace()
-    other = JsonTokenizer(json.loads(engine.to_str()))
-    (run.path / "tokenizer.json").write_text(other.to_json())
-    two = evaluation(paper_pack).score(run)["piqa"]["protocol"]
-    assert one["weights"] == two["weights"]
-    assert one["tokenizer"] != two["tokenizer"] == other.hash[:16]
 
 
 @pytest.mark.parametrize(
@@ -190,10 +162,6 @@ def test_another_tokenizer_is_another_score(run: RunDir, paper_pack: Path) -> No
 def test_bad_settings_are_one_line(paper_pack: Path, override: str, message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         evaluation(paper_pack, override)
-
-
-def test_one_task_needs_no_list(paper_pack: Path) -> None:
-    assert evaluation(paper_pack, "tasks.tasks=piqa").tasks.names == ["piqa"]
 
 
 def test_what_fails_in_one_of_several_processes_ends_it_in_one_line(

@@ -79,13 +79,6 @@ def test_logits_that_are_no_numbers_are_no_score() -> None:
         Scorer(model).score([((1, 2), (4,))])
 
 
-def test_finished_answers_are_final() -> None:
-    pairs = exam(1)
-    seen: dict[int, tuple[float, bool]] = {}
-    answers = Scorer(MODELS["rwkv4"], 60).score(pairs, seen.update)
-    assert [seen[i] for i in range(len(pairs))] == answers
-
-
 def paths(
     roots: list[Segment], before: tuple[Tokens, Tokens] = ((), ())
 ) -> dict[int, tuple[Tokens, Tokens]]:

@@ -81,18 +81,6 @@ def test_cloze_documents_do_not_overlap_and_have_one_right_answer() -> None:
     assert counts.min() > N_CLOZE / 8  # the right answer is anywhere
 
 
-def test_cloze_choices_are_about_equally_surprising() -> None:
-    rng = np.random.default_rng(0)
-    # words of one letter, from monotonous to wild stretches
-    text = " ".join(
-        "".join(rng.choice(list("abcdefghij")[: 1 + i // 2000], size=5)) for i in range(20_000)
-    )
-    docs = documents(cloze(data(text), 0))
-    spread = [np.std([len(set(c)) for c in doc["choices"]]) for doc in docs]
-    overall = np.std([len(set(c)) for doc in docs for c in doc["choices"]])
-    assert np.mean(spread) < overall / 2
-
-
 def test_a_model_that_knows_nothing_scores_at_chance() -> None:
     model = GPT(256, n_layer=1, n_embd=8, n_head=1, ctx_len=256, rotary_pct=0.5).eval()
     nn.init.normal_(model.head.weight)
