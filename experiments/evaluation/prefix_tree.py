@@ -38,15 +38,15 @@ def plan(requests: Sequence[tuple[Tokens, Tokens]]) -> tuple[list[list[int]], li
     A request is fed all but its answer's last token. Two share what they are fed as long as they
     also ask for the same predictions.
     """
-    places: dict[bytes, list[int]] = {}
-    for place, (context, answer) in enumerate(requests):
+    indices: dict[bytes, list[int]] = {}
+    for index, (context, answer) in enumerate(requests):
         fed = np.array(context + answer[:-1], dtype=np.int64)
         asked = np.full(len(fed), NOTHING, dtype=np.int64)
         asked[len(context) - 1 :] = answer
         # big-endian, so that bytes sort as numbers
-        places.setdefault((fed << 32 | asked + 1).astype(">i8").tobytes(), []).append(place)
-    ordered = sorted(places)
-    return [places[key] for key in ordered], _roots([np.frombuffer(k, ">i8") for k in ordered])
+        indices.setdefault((fed << 32 | asked + 1).astype(">i8").tobytes(), []).append(index)
+    ordered = sorted(indices)
+    return [indices[key] for key in ordered], _roots([np.frombuffer(k, ">i8") for k in ordered])
 
 
 class _Group(NamedTuple):
