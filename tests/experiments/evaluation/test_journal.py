@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments.evaluation.journal import Journal, protocol_hash, request_key
+from experiments.evaluation.journal import Journal
 
 PROTOCOL = {"weights": "abc", "prefix": "eot"}
 
@@ -44,10 +44,3 @@ def test_other_processes_count_and_other_protocols_do_not(tmp_path: Path) -> Non
     assert set(first.answers) == {"a"}
     first.discard()
     assert [file.name.split(".")[0] for file in tmp_path.iterdir()] == ["other"]
-
-
-def test_keys_tell_requests_apart() -> None:
-    keys = [((1,), (2, 3)), ((1, 2), (3,)), ((1,), (2,)), ((1, 2), "3"), ((12,), (3,))]
-    assert len({request_key("x", key) for key in keys}) == len(keys)
-    assert request_key("x", keys[0]) == request_key("x", ((1,), (2, 3)))
-    assert protocol_hash({"a": 1, "b": None}) == protocol_hash({"b": None, "a": 1})

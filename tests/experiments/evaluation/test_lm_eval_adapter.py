@@ -124,16 +124,6 @@ def test_merges_across_the_border_are_scored_as_the_whole_text_is_encoded(bpe) -
     assert score == pytest.approx(brute_force(lm.model, before, after)[0], abs=1e-4)
 
 
-def test_an_answer_swallowed_by_a_merge_is_refused(bpe) -> None:
-    swallowed = next(
-        (TEXT[:i], TEXT[i])
-        for i in range(5, 100)
-        if TEXT[i - 1] != " " and len(bpe.encode(TEXT[: i + 1])) <= len(bpe.encode(TEXT[:i]))
-    )
-    with pytest.raises(ValueError, match="leaves no token to score"):
-        LanguageModelLM(gpt(270), bpe).loglikelihood(requests("loglikelihood", [swallowed]))
-
-
 @FAMILIES
 def test_too_long_contexts_are_cut_on_the_left_for_gpt_alone(build) -> None:
     model, tokenizer = build(ctx_len=16), BytesTokenizer()
@@ -273,32 +263,6 @@ def test_generation_of_characters_beyond_ascii_stops_inside_none() -> None:
     assert lm.generate_until(requests("generate_until", asked)) == ["✓", "é✓"]
 
 
-def test_a_vocabulary_padded_beyond_the_tokenizers_still_makes_text() -> None:
-    class Padded(Alphabet):
-        def __init__(self) -> None:
-            super().__init__()
-            self.vocab_size = 300
-            more = torch.full((44, 256), 99.0)  # by far the likeliest
-            self.head.weight.data = torch.cat((self.head.weight.data, more))
-
-    lm = LanguageModelLM(Padded().eval(), BytesTokenizer())
-    asked = requests("generate_until", [("a", {"until": [], "max_gen_toks": 3})])
-    assert lm.generate_until(asked) == ["bcd"]
-
-
-@FAMILIES
-def test_sampling_is_asked_for_and_repeatable(build) -> None:
-    asked = requests(
-        "generate_until",
-        [("the c", {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 2.0})],
-    )
-    draws = [
-        LanguageModelLM(build_seeded(build), BytesTokenizer(), seed=seed).generate_until(asked)
-        for seed in (0, 0, 1)
-    ]
-    assert draws[0] == draws[1] != draws[2]
-
-
 def test_a_prompt_that_is_asked_for_several_times_is_sampled_several_times() -> None:
     class Dice(Alphabet):
         def __init__(self) -> None:
@@ -313,17 +277,6 @@ def test_a_prompt_that_is_asked_for_several_times_is_sampled_several_times() -> 
     assert texts[4] == texts[5]
     again = LanguageModelLM(Dice().eval(), BytesTokenizer(), batch_tokens=1)
     assert again.generate_until(asked) == texts
-
-
-def test_nothing_to_start_from_is_refused() -> None:
-    lm = LanguageModelLM(Alphabet().eval(), BytesTokenizer(), prefix="none")
-    with pytest.raises(ValueError, match="an empty prompt and prefix=none"):
-        lm.generate_until(requests("generate_until", [("", {"until": ["x"]})]))
-
-
-def build_seeded(build) -> LanguageModel:
-    torch.manual_seed(0)
-    return build()
 
 
 def test_generation_options() -> None:

@@ -13,11 +13,9 @@ from typing import Any
 
 import datasets
 import pytest
-import torch
 
 from experiments import prefetch
 from experiments.config.entry import CONF_DIR
-from experiments.data.tokenizer import BytesTokenizer
 from experiments.evaluation import tasks as tasks_module
 from experiments.evaluation.pack import Pack
 from experiments.evaluation.prefetching import read_jsonl
@@ -28,8 +26,7 @@ from experiments.evaluation.squad_metrics import (
     normalize_answer,
 )
 from experiments.evaluation.tasks import Tasks
-from experiments.system.files import write_json
-from models.rwkv4.model import RWKV4
+from experiments.runs.run_dir import RunDir
 
 pytestmark = pytest.mark.usefixtures("_small_index")
 
@@ -359,26 +356,12 @@ socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 """
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A finished run of a tiny model that reads bytes."""
-    net = {"vocab_size": 256, "n_layer": 1, "n_embd": 16, "ctx_len": 64}
-    run = tmp_path / "runs" / "toy" / "rwkv4" / "seed=0"
-    (run / "checkpoints").mkdir(parents=True)
-    write_json(
-        run / "config.yaml", {"model": {"net": {"_target_": "models.rwkv4.model.RWKV4", **net}}}
-    )
-    weights = {f"model.{k}": v for k, v in RWKV4(**net).state_dict().items()}  # type: ignore[arg-type]
-    torch.save({"state_dict": weights}, run / "checkpoints" / "last.ckpt")
-    (run / "tokenizer.json").write_text(BytesTokenizer().to_json())
-    write_json(run / "result.json", {"step": 1})
-    return run
-
-
 @pytest.mark.slow
-def test_a_pack_needs_no_network_and_no_cache(paper_pack: Path, run: Path, tmp_path: Path) -> None:
+def test_a_pack_needs_no_network_and_no_cache(
+    paper_pack: Path, run: RunDir, tmp_path: Path
+) -> None:
     """Scores all twelve with sockets that end the process, in an empty home."""
-    asked = [f"run='{run}'", f"pack={paper_pack}", "tasks=paper12", "tasks.bootstrap_iters=0"]
+    asked = [f"run='{run.path}'", f"pack={paper_pack}", "tasks=paper12", "tasks.bootstrap_iters=0"]
     argv = ["evaluate", "device=cpu", "n_threads=1", *asked]
     code = f"sys.argv = {argv}\nfrom experiments.evaluate import main\nmain()\n"
     told = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HOME", "HF_DATASETS_CACHE")
@@ -395,7 +378,7 @@ def test_a_pack_needs_no_network_and_no_cache(paper_pack: Path, run: Path, tmp_p
     assert done.returncode == 0, done.stderr[-2000:]
     pack = Pack(paper_pack)
     for task, entry in pack.tasks.items():
-        scored = json.loads((run / "eval" / f"{task}.json").read_text())
+        scored = json.loads((run.path / "eval" / f"{task}.json").read_text())
         assert scored["n-samples"][task]["effective"] == 6
         assert scored["protocol"]["pack"] == pack.task_hash(task)[:16]
         assert scored["protocol"]["subset"] == entry["subset"]

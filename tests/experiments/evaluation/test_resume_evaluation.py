@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from experiments.config.entry import CONF_DIR, RunFailed
 from experiments.evaluation.evaluating import Evaluation
@@ -18,34 +16,7 @@ from experiments.evaluation.pack import Pack
 from experiments.runs.run_dir import RunDir
 from experiments.runs.trained_model import load_model, load_tokenizer
 from experiments.system import ranks
-from experiments.system.files import write_json
 from models.gpt.model import GPT
-
-NET = {
-    "_target_": "models.gpt.model.GPT",
-    "vocab_size": 256,
-    "n_layer": 1,
-    "n_embd": 16,
-    "n_head": 2,
-    "ctx_len": 400,
-}
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    """A converted run: no data of its own."""
-    path = tmp_path / "runs" / "toy" / "gpt_toy" / "released"
-    (path / "checkpoints").mkdir(parents=True)
-    torch.manual_seed(0)
-    model = GPT(**{k: v for k, v in NET.items() if k != "_target_"})  # type: ignore[arg-type]
-    OmegaConf.save(OmegaConf.create({"model": {"net": NET}}), path / "config.yaml")
-    weights = {f"model.{k}": v for k, v in model.state_dict().items()}
-    torch.save({"state_dict": weights}, path / "checkpoints" / "last.ckpt")
-    (path / "tokenizer.json").write_text(json.dumps({"kind": "bytes", "vocab_size": 256}))
-    write_json(path / "manifest.json", {"converted": {"format": "hf_gpt_neox"}})
-    write_json(path / "result.json", {"converted": True})
-    return RunDir(path)
-
 
 TASKS = ("piqa", "lambada_openai")
 
@@ -129,18 +100,6 @@ def kept(run: RunDir) -> int:
 
 def numbers(text: str) -> list[float]:
     return [float(found) for found in re.findall(r": (-?[0-9]+\.[0-9e+-]+)", text)]
-
-
-def test_the_first_process_says_what_is_scored_already(
-    run: RunDir, paper_pack: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = evaluation(paper_pack).score(run)
-    for file in (run.path / "eval").iterdir():
-        file.unlink()  # as if this process did not see them yet
-    told = iter([{task: content} for task, content in first.items()])
-    monkeypatch.setattr(ranks, "gather", lambda mine: [next(told), mine])
-    assert evaluation(paper_pack).score(run) == first
-    assert not any((run.path / "eval").iterdir())
 
 
 @pytest.mark.parametrize(

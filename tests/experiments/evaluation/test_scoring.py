@@ -128,11 +128,6 @@ def test_what_requests_share_is_run_once() -> None:
     assert n_run(plan(pairs)[1]) == 20 + 2 * (5 + 4 - 1 + 4 * (1 + 1))
 
 
-def test_a_word_in_common_is_not_worth_a_fork() -> None:
-    pairs = [((1, 2, 3, *[i] * 12), (4,)) for i in range(5, 9)]
-    assert all(not root.children for root in plan(pairs)[1])
-
-
 def test_batches_keep_to_the_limit_and_are_not_mostly_padding() -> None:
     lengths = [150, *[30] * 100, *[5] * 400]
     batches = list(batched(lengths, lambda n: n, 1000))

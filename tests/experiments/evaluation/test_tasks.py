@@ -22,10 +22,7 @@ from experiments.evaluation.held_out_tasks import (
     CLOZE_ANSWER,
     CLOZE_CONTEXT,
     N_CLOZE,
-    N_PASSAGES,
     OWN_TASKS,
-    PASSAGE,
-    bits_per_byte,
     cloze,
     stretches,
 )
@@ -163,13 +160,3 @@ def test_bits_per_byte_is_the_trainers_definition(family) -> None:
     lm = LanguageModelLM(model, BytesTokenizer())
     (got,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
     assert got == pytest.approx(-nats, rel=1e-6)
-
-
-def test_bits_per_byte_of_a_uniform_model_is_eight() -> None:
-    model = GPT(256, n_layer=1, n_embd=8, n_head=1, ctx_len=64, rotary_pct=0.5).eval()
-    nn.init.zeros_(model.head.weight)
-    config = bits_per_byte(data("äöü word " * 10_000), 0)
-    assert len(documents(config)) == N_PASSAGES
-    assert {len(d["text"]) for d in documents(config)} == {PASSAGE}
-    results = run(config, model)
-    assert results["results"]["bits_per_byte"]["bits_per_byte,none"] == pytest.approx(8.0)
