@@ -27,7 +27,7 @@ from models.language_model import LanguageModel
 
 Request = tuple[Any, list[int], list[int]]  # texts (what lm-eval caches by), context, continuation
 Item = TypeVar("Item", bound=tuple)  # a request whose first part is tokens
-Finished = Callable[[dict[int, Any]], object]  # takes answers by the place of their request
+Finished = Callable[[dict[int, Any]], object]  # takes answers by the index of their request
 
 
 class LanguageModelLM(TemplateLM):
@@ -71,7 +71,7 @@ class LanguageModelLM(TemplateLM):
         self.rolling_ctx = rolling_window(model, rolling_ctx)
         self.scorer = Scorer(model, batch_tokens)
         self.seed = seed
-        self.journal = Journal()  # of the task being scored; put another in its place for each
+        self.journal = Journal()  # of the task being scored; set another for each task
         self.n_truncated = 0  # requests that lost tokens on the left since construction
         self._device = self.scorer.device
 
@@ -182,8 +182,8 @@ class LanguageModelLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         pairs = [(self.fit(before, after), tuple(after)) for _, before, after in requests]
 
-        def run(mine: list[tuple[Tokens, Tokens]], finished: Finished) -> None:
-            self.scorer.score(mine, finished)
+        def run(pairs: list[tuple[Tokens, Tokens]], finished: Finished) -> None:
+            self.scorer.score(pairs, finished)
 
         answers = self._answers(
             pairs, lambda pair: len(pair[0] + pair[1]), run, "loglikelihoods", disable_tqdm
@@ -209,33 +209,33 @@ class LanguageModelLM(TemplateLM):
         }
         # in order, so that what requests have in common is run by one process
         ordered = sorted(missing, key=lambda key: missing[key][0])
-        mine = ranks.share(ordered, lambda key: cost(missing[key]))
+        share = ranks.share(ordered, lambda key: cost(missing[key]))
         new: dict[str, Any] = {}
         quiet = disable_tqdm or not sys.stderr.isatty()
-        with tqdm(total=len(mine), desc=what, unit="req", disable=quiet, leave=False) as bar:
+        with tqdm(total=len(share), desc=what, unit="req", disable=quiet, leave=False) as bar:
 
             def finished(answers: dict[int, Any]) -> None:
-                some = {mine[place]: answer for place, answer in answers.items()}
+                some = {share[index]: answer for index, answer in answers.items()}
                 self.journal.add(some)
                 new.update(some)
                 bar.update(len(some))
 
-            run([missing[key] for key in mine], finished)
+            run([missing[key] for key in share], finished)
         for part in ranks.gather(new):
             self.journal.answers |= part
         return [self.journal.answers[key] for key in keys]
 
     def _generate_all(self, requests: list[Prompt], finished: Finished) -> None:
         alike: dict[GenerationOptions, list[int]] = {}
-        for place, (_, options, _) in enumerate(requests):
-            alike.setdefault(options, []).append(place)
-        for options, places in alike.items():
+        for index, (_, options, _) in enumerate(requests):
+            alike.setdefault(options, []).append(index)
+        for options, indices in alike.items():
 
-            def cost(place: int, options: GenerationOptions = options) -> int:
-                return len(requests[place][0]) + options.max_tokens
+            def cost(index: int, options: GenerationOptions = options) -> int:
+                return len(requests[index][0]) + options.max_tokens
 
-            for batch in batched(places, cost, self.scorer.batch_tokens):
-                texts = self._generate([requests[place] for place in batch], options)
+            for batch in batched(indices, cost, self.scorer.batch_tokens):
+                texts = self._generate([requests[index] for index in batch], options)
                 finished(dict(zip(batch, texts, strict=True)))
 
     def _generate(self, requests: list[Prompt], options: GenerationOptions) -> list[str]:

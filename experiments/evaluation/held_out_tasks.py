@@ -87,7 +87,7 @@ OWN_TASKS: dict[str, Callable[[TokenData, int], dict[str, Any]]] = {
 def stretches(data: TokenData, n: int, length: int) -> Iterator[str]:
     """At most n pieces of held-out text that do not overlap, evenly spread, each of one document.
 
-    Each is the longest piece of a document near its place, of up to 2 x length characters; where
+    Each is the longest piece of a document near its position, of up to 2 x length characters; where
     the text has no room for n, there are fewer. Bytes that are not UTF-8 are left out.
     """
     tokens, decode = data.val, data.tokenizer.decode_bytes

@@ -1,4 +1,4 @@
-"""Answers to requests, on disk as soon as there are any: a killed evaluation goes on from there."""
+"""Answers to requests, on disk as soon as there are any: a killed evaluation resumes from there."""
 
 import hashlib
 import json

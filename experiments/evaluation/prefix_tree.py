@@ -1,4 +1,4 @@
-"""What requests have in common, found by sorting them: a context and its answers, the worked
+"""What requests have in common, found by sorting them: a context and its answers, the few-shot
 examples of all questions, a passage and its questions, the words that answers begin with.
 """
 
@@ -16,7 +16,7 @@ Tokens = tuple[int, ...]
 class Segment(NamedTuple):
     """Tokens to run behind those of the segment's parent, for the requests first <= i < last.
 
-    Each input predicts the target in the same place (NOTHING: not asked), whose log-probability
+    Each input predicts the target at the same index (NOTHING: not asked), whose log-probability
     counts for all these requests. `reach` is the longest way down, its own inputs included. A
     segment without children ends one request, `first`.
     """
@@ -30,46 +30,65 @@ class Segment(NamedTuple):
 
 
 def plan(requests: Sequence[tuple[Tokens, Tokens]]) -> tuple[list[list[int]], list[Segment]]:
-    """(context, answer) pairs -> for each different one, in order, its places; and the roots.
+    """Merge the common beginnings of (context, answer) pairs.
+
+    Returns:
+        For each different pair, in order, the indices at which it stands; and the tree's roots.
 
     A request is fed all but its answer's last token. Two share what they are fed as long as they
     also ask for the same predictions.
     """
-    places: dict[bytes, list[int]] = {}
-    for place, (context, answer) in enumerate(requests):
+    indices: dict[bytes, list[int]] = {}
+    for index, (context, answer) in enumerate(requests):
         fed = np.array(context + answer[:-1], dtype=np.int64)
         asked = np.full(len(fed), NOTHING, dtype=np.int64)
         asked[len(context) - 1 :] = answer
         # big-endian, so that bytes sort as numbers
-        places.setdefault((fed << 32 | asked + 1).astype(">i8").tobytes(), []).append(place)
-    ordered = sorted(places)
-    return [places[key] for key in ordered], _roots([np.frombuffer(k, ">i8") for k in ordered])
+        indices.setdefault((fed << 32 | asked + 1).astype(">i8").tobytes(), []).append(index)
+    ordered = sorted(indices)
+    return [indices[key] for key in ordered], _roots([np.frombuffer(k, ">i8") for k in ordered])
+
+
+class _Group(NamedTuple):
+    """Sorted sequences first <= i < last that begin alike, to be made into segments.
+
+    They share (at least) their first `shared` elements, of which the segments above hold the first
+    `covered`. The segments made of them go into `siblings`.
+    """
+
+    first: int
+    last: int
+    covered: int
+    shared: int
+    siblings: list[Segment]
 
 
 def _roots(sequences: list[np.ndarray]) -> list[Segment]:
     """The tree over sorted sequences of (fed, asked)."""
-    if not sequences:
-        return []
     lengths = np.array([len(one) for one in sequences])
-    common = np.zeros(len(sequences) + 1, dtype=np.int64)  # of each with the one before it
-    for i in range(1, len(sequences)):
-        common[i] = _n_common(sequences[i - 1], sequences[i])
+    with_previous = np.array([0, *map(_n_common, sequences, sequences[1:])])
     roots: list[Segment] = []
-    # requests first <= i < last, alike up to `at`, of which the parent has the first `start`
-    todo = [(0, len(sequences), 0, 0, roots)]
-    while todo:
-        first, last, start, at, siblings = todo.pop()
-        borders = first + 1 + np.flatnonzero(common[first + 1 : last] <= at)
-        for a, b in zip([first, *borders.tolist()], [*borders.tolist(), last], strict=True):
-            end = int(lengths[a]) if b == a + 1 else int(common[a + 1 : b].min())
-            if b > a + 1 and not _worthwhile(end - start, float(lengths[a:b].mean()) - end):
-                todo.append((a, b, start, end, siblings))
-                continue
-            reach = int(lengths[a:b].max()) - start
-            segment = Segment(*_split(sequences[a][start:end]), a, b, reach, [])
-            siblings.append(segment)
-            if b > a + 1:
-                todo.append((a, b, end, end, segment.children))
+    todo = [_Group(0, len(sequences), 0, 0, roots)] if sequences else []
+    while todo:  # a stack, as the tree may be deeper than Python's recursion
+        group = todo.pop()
+        # part the group where a sequence shares no more with its predecessor than all do
+        inner = with_previous[group.first + 1 : group.last]
+        borders = (group.first + 1 + np.flatnonzero(inner <= group.shared)).tolist()
+        for first, last in zip([group.first, *borders], [*borders, group.last], strict=True):
+            if last == first + 1:
+                end = int(lengths[first])
+            else:
+                end = int(with_previous[first + 1 : last].min())
+                n_rest = float(lengths[first:last].mean()) - end
+                if not _worthwhile(end - group.covered, n_rest):
+                    todo.append(_Group(first, last, group.covered, end, group.siblings))
+                    continue
+            reach = int(lengths[first:last].max()) - group.covered
+            inputs, targets = _split(sequences[first][group.covered : end])
+            segment = Segment(inputs, targets, first, last, reach, [])
+            group.siblings.append(segment)
+            if last > first + 1:
+                todo.append(_Group(first, last, end, end, segment.children))
     return roots
 
 

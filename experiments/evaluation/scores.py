@@ -6,14 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments.evaluation.journal import protocol_hash
 from experiments.runs.run_dir import RunDir
 from experiments.system.files import write_json, write_text
-
-if TYPE_CHECKING:
-    pass
 
 # What lm-eval reports for each task, and the name under which our files have it.
 PARTS = {
@@ -30,7 +27,7 @@ def result_file(run: RunDir, task: str) -> Path:
     """Where the result of a task is kept."""
     if not re.fullmatch(r"[A-Za-z0-9_.+:-]*[A-Za-z0-9_]", task):
         raise ValueError(f"{task!r} cannot name a result file: use letters, digits, '_', '-', '.'")
-    return run.path / "eval" / f"{task}.json"
+    return run.scores / f"{task}.json"
 
 
 def read_scored(file: Path, protocol: dict[str, Any]) -> dict[str, Any] | None:
@@ -62,8 +59,8 @@ def split_by_task(
         if not any(isinstance(v, int | float) and "," in k for k, v in scores.items()):
             continue  # a group that does not average its tasks
         content: dict[str, Any] = {"protocol": protocol | extra}
-        for theirs, ours in PARTS.items():
-            content[ours] = {k: v for k, v in results[theirs].items() if k == task}
+        for lm_eval_name, name in PARTS.items():
+            content[name] = {k: v for k, v in results[lm_eval_name].items() if k == task}
         content["config"].get(task, {}).pop("custom_dataset", None)  # code, for our own tasks
         samples = results["samples"].get(task)
         if samples is not None:

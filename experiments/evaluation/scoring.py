@@ -62,13 +62,13 @@ class Scorer:
         """log P(answer | context) and greediness of each request.
 
         Contexts and answers hold at least one token each, and together at most max_ctx + 1;
-        equal requests are run once. `finished` gets requests, by their place, as they are done.
+        equal requests are run once. `finished` gets requests, by their index, as they are done.
 
         Raises ValueError where the logits are not finite, as after an overflow in float16.
         """
-        places, roots = plan(requests)
-        self._scores = torch.zeros(len(places), dtype=torch.float64)
-        self._greedy = torch.ones(len(places), dtype=torch.bool)
+        indices, roots = plan(requests)
+        self._scores = torch.zeros(len(indices), dtype=torch.float64)
+        self._greedy = torch.ones(len(indices), dtype=torch.bool)
         self._unread: list[Unread] = []
         self._n_run = 0  # tokens, since answers were last settled
         answers: list[Answer] = [(0.0, True)] * len(requests)
@@ -79,12 +79,12 @@ class Scorer:
             self._read(at_once)
             self._n_run = 0
             new = {
-                place: (self._scores[segment.first].item(), bool(self._greedy[segment.first]))
+                index: (self._scores[segment.first].item(), bool(self._greedy[segment.first]))
                 for segment in waiting
-                for place in places[segment.first]
+                for index in indices[segment.first]
             }
-            for place, answer in new.items():
-                answers[place] = answer
+            for index, answer in new.items():
+                answers[index] = answer
             waiting.clear()
             finished(new)
 

@@ -1,15 +1,31 @@
 """A task file of lm-eval's: what it says, as data and as code, and the task made on given rows."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from experiments.evaluation.squad_metrics import stand_in
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
+
+# Names of one data set on the hub: sets were moved, and a version of lm-eval names either.
+SAME_DATA = (
+    ("baber/piqa", "ybisk/piqa", "piqa"),
+    ("aps/super_glue", "super_glue"),
+    ("allenai/ai2_arc", "ai2_arc"),
+    ("Rowan/hellaswag", "hellaswag"),
+    ("allenai/winogrande", "winogrande"),
+    ("allenai/openbookqa", "openbookqa"),
+    ("allenai/sciq", "sciq"),
+)
+
+
+def data_set_names(path: str | None) -> list[str | None]:
+    """A data set's name on the hub, and then the others it has or had."""
+    same = next((names for names in SAME_DATA if path in names), ())
+    return list(dict.fromkeys([path, *same]))
 
 
 def definition(file: Path, root: Path) -> dict[str, Any]:
@@ -20,14 +36,9 @@ def definition(file: Path, root: Path) -> dict[str, Any]:
     """
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    def named(value: Any) -> Any:
-        if isinstance(value, str) and value.startswith(f"{root}/"):
-            return f"!function {value.removeprefix(f'{root}/')}"
-        if isinstance(value, list):
-            return [named(item) for item in value]
-        return {k: named(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    return yaml.safe_load(yaml.safe_dump(named(load_yaml(file, resolve_func=False))))
+    text = json.dumps(load_yaml(file, resolve_func=False), default=str)
+    # lm-eval gives a function as an absolute path, which is another one on every machine
+    return json.loads(text.replace(json.dumps(f"{root}/")[:-1], '"!function '))
 
 
 def task_config(file: Path) -> dict[str, Any]:
@@ -61,7 +72,7 @@ def scored_split(config: dict[str, Any]) -> str:
 
 
 def fewshot_split(config: dict[str, Any]) -> str | None:
-    """The split worked examples are drawn from, None if they stand in the definition itself."""
+    """The split few-shot examples are drawn from, None if they stand in the definition itself."""
     given = config.get("fewshot_config") or {}
     if split := given.get("split") or config.get("fewshot_split"):
         return split
@@ -73,7 +84,7 @@ def fewshot_split(config: dict[str, Any]) -> str | None:
 def task_from_rows(config: dict[str, Any], rows: "dict[str, Dataset]") -> "ConfigurableTask":
     """The task of a config on given rows, split -> rows; a split that is not given is empty.
 
-    Asking it for worked examples of a split that is not given raises ValueError.
+    Asking it for few-shot examples of a split that is not given raises ValueError.
     """
     from lm_eval.api.samplers import ContextSampler
     from lm_eval.api.task import ConfigurableTask
@@ -82,7 +93,7 @@ def task_from_rows(config: dict[str, Any], rows: "dict[str, Dataset]") -> "Confi
         def sample(self, n: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
             if n > 0:
                 raise ValueError(
-                    f"the pack has no rows of split {examples!r}, for worked examples: make it "
+                    f"the pack has no rows of split {examples!r} for few-shot examples: make it "
                     "with tasks.num_fewshot set, on a machine with a network"
                 )
             return []

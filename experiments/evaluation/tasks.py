@@ -1,19 +1,27 @@
-"""The tasks that `evaluate` scores: lm-eval's by name, and our own (`experiments/tasks.py`).
+"""The tasks that `evaluate` scores: lm-eval's by name, and our own (`held_out_tasks.py`).
 
 Rows come from the hub or, without any network, from a pack; what a task asks and how it is scored
-is always the installed lm-eval's.
+is always the installed lm-eval's, or in a file of the user's.
 """
 
 import difflib
 from contextlib import suppress
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.config.entry import one_line
-from experiments.evaluation.pack import Pack, content_hash, file_hash
-from experiments.evaluation.task_files import definition, scored_split, task_config, task_from_rows
-from experiments.evaluation.task_rows import data_set_names
+from experiments.evaluation.held_out_tasks import OWN_TASKS
+from experiments.evaluation.pack import Pack, content_hash
+from experiments.evaluation.task_files import (
+    data_set_names,
+    definition,
+    scored_split,
+    task_config,
+    task_from_rows,
+)
+from experiments.system.files import sha256
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -45,8 +53,6 @@ class Tasks:
         pack: str | Path | None = None,
         n_documents: dict[str, int] | None = None,
     ) -> None:
-        from experiments.evaluation.held_out_tasks import OWN_TASKS
-
         if not names:
             raise ValueError("no task to score: give tasks.tasks=[NAME,...]")
         if include_path is not None and not Path(include_path).is_dir():
@@ -56,24 +62,22 @@ class Tasks:
         self.seed = seed
         self.pack = Pack(pack) if pack is not None else None
         self._n_documents = n_documents or {}
-        self._own = OWN_TASKS
         self._loaded: dict[tuple[str, str], dict[str, Any] | ValueError] = {}
         if self.pack is not None:
             self._check_pack(self.pack)
             return
         for name in self.names:
             if name not in OWN_TASKS and name not in self._manager.all_tasks:
-                hint = near(name, [*OWN_TASKS, *self._manager.all_tasks])
+                like = difflib.get_close_matches(name, [*OWN_TASKS, *self._manager.all_tasks], 5)
+                hint = f"; like it are {', '.join(like)}" if like else ""
                 raise ValueError(f"lm-eval knows no task {name!r}{hint}")
 
     def _check_pack(self, pack: Pack) -> None:
         """Expand the groups among `names`, and compare the pack with what is installed."""
-        from importlib.metadata import version
-
         expanded = [leaf for name in self.names for leaf in pack.groups.get(name, [name])]
         self.names = list(dict.fromkeys(expanded))
-        lacking = [n for n in self.names if n not in self._own and n not in pack.tasks]
-        if lacking:
+        packed = [name for name in self.names if name not in OWN_TASKS]
+        if lacking := [name for name in packed if name not in pack.tasks]:
             raise ValueError(
                 f"{pack.path} has no task {', '.join(lacking)}: it has {', '.join(pack.tasks)}"
             )
@@ -82,18 +86,14 @@ class Tasks:
                 f"{pack.path} was made with lm-eval {pack.lm_eval}, here is {version('lm-eval')}: "
                 "install that version, or make the pack again with this one"
             )
-        for name in self.names:
-            if name not in self._own:
-                ours, theirs = definition(*self.task_file(name)), pack.definition(name)
-                differ = sorted(
-                    key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)
+        for name in packed:
+            here, there = definition(*self.task_file(name)), pack.tasks[name]["definition"]
+            keys = sorted(here.keys() | there.keys())
+            if differ := [key for key in keys if here.get(key) != there.get(key)]:
+                raise ValueError(
+                    f"task {name} is not defined here as in {pack.path} ({', '.join(differ)} "
+                    "differ): use the task files the pack was made with, or make it again"
                 )
-                if differ:
-                    raise ValueError(
-                        f"task {name} is defined otherwise here than in {pack.path} (its "
-                        f"{', '.join(differ)}): use the task files the pack was made with, or make "
-                        "it again"
-                    )
 
     @cached_property
     def _local(self) -> "TaskManager | None":
@@ -110,26 +110,34 @@ class Tasks:
         from lm_eval.tasks import TaskManager
 
         local = self._local
-        if local and all(name in self._own or name in local.all_tasks for name in self.names):
+        if local and all(name in OWN_TASKS or name in local.all_tasks for name in self.names):
             return local
         print("reading the index of lm-eval's tasks ...", flush=True)
         return TaskManager(include_path=self.include_path)
+
+    def is_own(self, name: str) -> bool:
+        """Whether a file of the user's defines a task, group or tag."""
+        return self._local is not None and name in self._local.task_index
 
     def task_file(self, name: str) -> tuple[Path, Path]:
         """A task's yaml file and the folder of task files it belongs to.
 
         Raises:
-            ValueError: if the installed lm-eval has no such file.
+            ValueError: if neither the installed lm-eval nor the user has such a file.
         """
         from lm_eval import tasks
 
-        theirs = Path(tasks.__file__).resolve().parent
-        if self.include_path is not None and self._local and name in self._local.task_index:
+        root = Path(tasks.__file__).resolve().parent
+        if self.is_own(name):
+            assert self._local is not None
+            assert self.include_path is not None
             file, root = self._local.task_index[name].yaml_path, Path(self.include_path).resolve()
         elif self.pack is not None:
-            file, root = theirs / (self.pack.tasks[name]["source"] or "its own.yaml"), theirs
+            file = root / (self.pack.tasks[name]["source"] or "a user's own.yaml")
+            if not file.resolve().is_relative_to(root):  # its code would be imported
+                raise ValueError(f"{self.pack.path} names a file outside of lm-eval, {file}")
         else:
-            file, root = self._manager.task_index[name].yaml_path, theirs
+            file = self._manager.task_index[name].yaml_path
         if file is None or not file.is_file():
             raise ValueError(
                 f"there is no file that defines task {name}: if it is one of your own, give the "
@@ -139,31 +147,30 @@ class Tasks:
 
     def uses_data(self, name: str) -> bool:
         """True if a task is made from the run's own held-out text."""
-        return name in self._own
+        return name in OWN_TASKS
 
     def members(self, name: str) -> list[str] | None:
         """Names of the tasks behind a name, None for a group, which must be loaded to tell."""
-        if name in self._own or self.pack is not None:
+        if name in OWN_TASKS or self.pack is not None:
             return [name]
-        entry_ = self._manager.task_index[name]
-        if entry_.kind.name == "TAG":
-            return sorted(entry_.tags)
-        return None if entry_.kind.name == "GROUP" else [name]
+        found = self._manager.task_index[name]
+        if found.kind.name == "TAG":
+            return sorted(found.tags)
+        return None if found.kind.name == "GROUP" else [name]
 
     def leaves(self, name: str) -> list[str]:
         """Names of the tasks behind a name, groups within groups followed.
 
         Raises:
-            ValueError: for a group that changes settings of its tasks or defines some itself.
+            ValueError: for a group that changes settings of its tasks or defines some itself, and
+                for a task of our own.
         """
-        index = self._manager.task_index
-        entry_ = index[name]
-        if entry_.kind.name == "TAG":
-            return sorted(entry_.tags)
-        if entry_.kind.name != "GROUP":
-            return [name]
-        leaves: list[str] = []
-        for child in (entry_.cfg or {}).get("task") or []:
+        if name in OWN_TASKS:
+            raise ValueError(f"{name} is made from each run's own text: it needs no pack")
+        if (members := self.members(name)) is not None:
+            return members
+        index, leaves = self._manager.task_index, []
+        for child in (index[name].cfg or {}).get("task") or []:
             if not isinstance(child, str) or child not in index:
                 raise ValueError(f"group {name} defines tasks of its own: name other tasks instead")
             leaves += self.leaves(child)
@@ -190,7 +197,7 @@ class Tasks:
         from lm_eval.api.task import ConfigurableTask
 
         if data is not None:
-            return {"tasks": {name: ConfigurableTask(config=self._own[name](data, self.seed))}}
+            return {"tasks": {name: ConfigurableTask(config=OWN_TASKS[name](data, self.seed))}}
         if self.pack is not None:
             config = task_config(self.task_file(name)[0])
             return {"tasks": {name: task_from_rows(config, self.pack.dataset(name))}}
@@ -223,15 +230,16 @@ class Tasks:
 
         For a group or tag, of all tasks there.
         """
-        if not (self.include_path and self._local and name in self._local.task_index):
+        if not self.is_own(name):
             return None
+        assert self._local is not None
+        assert self.include_path is not None
         index, root = self._local.task_index, Path(self.include_path).resolve()
-        alone = index[name].kind.name == "TASK"
-        entries = [index[name]] if alone else index.values()
-        files = sorted({entry_.yaml_path.resolve() for entry_ in entries if entry_.yaml_path})
+        found = [index[name]] if index[name].kind.name == "TASK" else index.values()
+        files = sorted({one.yaml_path.resolve() for one in found if one.yaml_path})
         code = sorted({path for file in files for path in file.parent.glob("*.py")})
-        parts = [definition(file, root) for file in files], [file_hash(path) for path in code]
-        return content_hash({"definitions": parts[0], "code": parts[1]})[:16]
+        definitions = [definition(file, root) for file in files]
+        return content_hash([definitions, [sha256(path) for path in code]])[:16]
 
     def documents(self, name: str) -> dict[str, Any]:
         """What is known of a task's documents.
@@ -248,12 +256,6 @@ class Tasks:
                 task = loaded["tasks"][name]
                 subset = len(task.dataset[scored_split(vars(task.config))]) < official
         return {"official": official, "subset": subset}
-
-
-def near(name: str, known: list[str]) -> str:
-    """The part of an error line that proposes names like a misspelt one."""
-    like = difflib.get_close_matches(name, known, 5)
-    return f"; like it are {', '.join(like)}" if like else ""
 
 
 def load_failure(error: Exception) -> str:

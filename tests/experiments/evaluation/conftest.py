@@ -5,6 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from omegaconf import OmegaConf
+
+from experiments.runs.run_dir import RunDir
+from experiments.system.files import write_json
+from models.gpt.model import GPT
 
 N_ROWS = 6
 LETTERS = ["A", "B", "C", "D"]
@@ -114,14 +120,39 @@ def paper_pack(
     tmp_path_factory: pytest.TempPathFactory, paper_rows: Path, small_index: Any
 ) -> Path:
     """A pack of the twelve tasks, made from `paper_rows`."""
-    from experiments.evaluation.task_rows import Source
+    from experiments.evaluation.prefetching import Wanted, find_files, make_pack
     from experiments.evaluation.tasks import Tasks
-    from experiments.prefetch import make_pack
 
     out = tmp_path_factory.mktemp("packs") / "paper12"
-    wanted = {"num_fewshot": 0, "n_documents": {"piqa": 1838, "copa": N_ROWS}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tasks, "_manager", small_index)
         tasks = Tasks([*PAPER12[2:], "ai2_arc"], None, 0)
-        make_pack(out, tasks, Source(paper_rows, {}, list(PAPER12)), wanted, None)
+        files = find_files(paper_rows, {}, list(PAPER12))
+        make_pack(out, Wanted(tasks, 0, {"piqa": 1838, "copa": N_ROWS}, files))
     return out
+
+
+NET = {
+    "_target_": "models.gpt.model.GPT",
+    "vocab_size": 256,
+    "n_layer": 1,
+    "n_embd": 16,
+    "n_head": 2,
+    "ctx_len": 400,
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A converted run: no data of its own."""
+    path = tmp_path / "runs" / "toy" / "gpt_toy" / "released"
+    (path / "checkpoints").mkdir(parents=True)
+    torch.manual_seed(0)
+    model = GPT(**{k: v for k, v in NET.items() if k != "_target_"})  # type: ignore[arg-type]
+    OmegaConf.save(OmegaConf.create({"model": {"net": NET}}), path / "config.yaml")
+    weights = {f"model.{k}": v for k, v in model.state_dict().items()}
+    torch.save({"state_dict": weights}, path / "checkpoints" / "last.ckpt")
+    (path / "tokenizer.json").write_text(json.dumps({"kind": "bytes", "vocab_size": 256}))
+    write_json(path / "manifest.json", {"converted": {"format": "hf_gpt_neox"}})
+    write_json(path / "result.json", {"converted": True})
+    return RunDir(path)

@@ -21,17 +21,15 @@ def small_pack(
     neox_tokenizer_json: Path,
 ) -> Path:
     """Two tasks, with a tokenizer."""
-    from experiments.evaluation.task_rows import Source
+    from experiments.evaluation.prefetching import Wanted, find_files, make_pack
     from experiments.evaluation.tasks import Tasks
-    from experiments.prefetch import make_pack
 
     out = tmp_path_factory.mktemp("packs") / "two"
     names = ["piqa", "lambada_openai"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tasks, "_manager", small_index)
-        wanted: dict[str, Any] = {"num_fewshot": 0, "n_documents": {}}
-        source = Source(paper_rows, {}, names)
-        make_pack(out, Tasks(names, None, 0), source, wanted, neox_tokenizer_json)
+        files = find_files(paper_rows, {}, names)
+        make_pack(out, Wanted(Tasks(names, None, 0), 0, {}, files, neox_tokenizer_json))
     return out
 
 

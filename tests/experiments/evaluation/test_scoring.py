@@ -79,13 +79,6 @@ def test_logits_that_are_no_numbers_are_no_score() -> None:
         Scorer(model).score([((1, 2), (4,))])
 
 
-def test_finished_answers_are_final() -> None:
-    pairs = exam(1)
-    seen: dict[int, tuple[float, bool]] = {}
-    answers = Scorer(MODELS["rwkv4"], 60).score(pairs, seen.update)
-    assert [seen[i] for i in range(len(pairs))] == answers
-
-
 def paths(
     roots: list[Segment], before: tuple[Tokens, Tokens] = ((), ())
 ) -> dict[int, tuple[Tokens, Tokens]]:
@@ -133,11 +126,6 @@ def test_what_requests_share_is_run_once() -> None:
     pairs += [(examples + question[::-1], answer) for answer in answers]
     # examples; twice: question and stem up to where answers part, then an id of each answer
     assert n_run(plan(pairs)[1]) == 20 + 2 * (5 + 4 - 1 + 4 * (1 + 1))
-
-
-def test_a_word_in_common_is_not_worth_a_fork() -> None:
-    pairs = [((1, 2, 3, *[i] * 12), (4,)) for i in range(5, 9)]
-    assert all(not root.children for root in plan(pairs)[1])
 
 
 def test_batches_keep_to_the_limit_and_are_not_mostly_padding() -> None:
