@@ -7,9 +7,9 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from experiments.config.entry import CONF_DIR
+from experiments.runs.checkpoints.reading import read_checkpoint
 from experiments.runs.metrics import MetricsFile
 from experiments.runs.run_dir import RunDir
-from experiments.runs.trained_model import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["data=text", "debug=smoke", "trainer=cpu", "size=nano"]

@@ -13,8 +13,8 @@ from experiments.benchmark import run as benchmark
 from experiments.benchmarks import self_test
 from experiments.config.entry import CONF_DIR
 from experiments.config.identity import plain
-from experiments.evaluate import evaluate
-from experiments.generate import generate
+from experiments.evaluation.evaluating import evaluate
+from experiments.generation.texts import generate
 from experiments.runs.run_dir import RunDir
 from experiments.training.fit import fit
 from models.families import families

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.config.targets import make
-from experiments.runs.checkpoints.checksums import CHECKSUMS, is_whole
+from experiments.runs.checkpoints.reading import read_checkpoint
 from experiments.runs.run_dir import RunDir, open_external
 
 if TYPE_CHECKING:
@@ -14,29 +14,6 @@ if TYPE_CHECKING:
     from models.language_model import LanguageModel
 
 DTYPES = ("float32", "bfloat16", "float16")  # of a model's matrices
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint, a file or a folder of shards, without running any code of it.
-
-    Raises:
-        ValueError: if it is damaged or wants more than tensors.
-    """
-    import torch
-
-    if is_whole(path) is False:
-        raise ValueError(f"{path} is damaged: its SHA-256 is not the one written in {CHECKSUMS}")
-    try:
-        if path.is_dir():
-            from experiments.runs.checkpoints.sharded import read_shards
-
-            return read_shards(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is not a readable checkpoint ({reason[:120]})") from None
 
 
 def model_weights(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:

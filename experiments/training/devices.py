@@ -21,13 +21,8 @@ from torch.distributed.tensor import DTensor, Shard
 from experiments.config.identity import plain
 from experiments.runs.checkpoints.checksums import folder_digest
 from experiments.runs.checkpoints.files import put, saving
-from experiments.runs.checkpoints.sharded import (
-    SHARDED,
-    map_tensors,
-    read_shards,
-    rows_of,
-    write_shard,
-)
+from experiments.runs.checkpoints.reading import SHARDED, map_tensors, read_shards
+from experiments.runs.checkpoints.sharded import rows_of, write_shard
 from experiments.system import ranks
 from experiments.system.files import remove
 

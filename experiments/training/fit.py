@@ -19,11 +19,11 @@ from experiments.data.data_module import TokenDataModule
 from experiments.data.prepare import prepare
 from experiments.data.token_data import TokenData
 from experiments.runs.checkpoints.files import BEST, LAST, BackgroundCheckpointIO
+from experiments.runs.checkpoints.reading import read_checkpoint
 from experiments.runs.checkpoints.sharded import make_whole
 from experiments.runs.continuation import continued_run, starting_point
 from experiments.runs.metrics import MetricsFile, summarise
 from experiments.runs.run_dir import RunDir
-from experiments.runs.trained_model import read_checkpoint
 from experiments.system.files import remove, write_json, write_text
 from experiments.system.locks import RunLocked
 from experiments.system.signals import BUSY, StopRequest

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.runs.checkpoints.reading import read_checkpoint
 from experiments.runs.run_dir import RunDir
-from experiments.runs.trained_model import read_checkpoint
 
 from ..small_runs import rows
 

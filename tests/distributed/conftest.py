@@ -14,8 +14,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments.config.entry import CONF_DIR
+from experiments.runs.checkpoints.reading import read_checkpoint
 from experiments.runs.run_dir import RunDir
-from experiments.runs.trained_model import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 

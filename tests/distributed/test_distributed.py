@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.runs.checkpoints.reading import read_checkpoint
 from experiments.runs.metrics import MetricsFile
 from experiments.runs.run_dir import RunDir
-from experiments.runs.trained_model import load_model, read_checkpoint
+from experiments.runs.trained_model import load_model
 
 from ..small_runs import rows
 from .conftest import Processes, apart

@@ -18,9 +18,9 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from experiments.config.entry import CONF_DIR
+from experiments.runs.checkpoints.reading import read_checkpoint
 from experiments.runs.metrics import MetricsFile
 from experiments.runs.run_dir import RunDir
-from experiments.runs.trained_model import read_checkpoint
 from experiments.training.fit import fit
 
 from ..small_runs import rows

@@ -23,7 +23,7 @@ from experiments.runs.checkpoints.files import (
     duplicate,
     to_go_on_from,
 )
-from experiments.runs.trained_model import read_checkpoint
+from experiments.runs.checkpoints.reading import read_checkpoint
 
 
 def save(folder: Path, number: int) -> None:

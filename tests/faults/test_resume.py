@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.runs.checkpoints.reading import read_checkpoint
 from experiments.runs.metrics import MetricsFile
 from experiments.runs.run_dir import RunDir
-from experiments.runs.trained_model import read_checkpoint
 from experiments.system.signals import StopRequest
 from experiments.training import checkpointing as checkpoints
 from experiments.training import run_log as callbacks

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.rwkv4 import model as rwkv4
 from models.ops import build, cpu, cuda
 from models.ops.wkv import wkv, wkv_reference
+from models.rwkv4 import model as rwkv4
 from models.rwkv4.model import RWKV4
 
 ROOT = Path(__file__).parents[2]

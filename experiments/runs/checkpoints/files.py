@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from experiments.runs.checkpoints.checksums import CHECKSUMS, digest, is_whole, known_digests
-from experiments.runs.trained_model import read_checkpoint
+from experiments.runs.checkpoints.reading import read_checkpoint
 from experiments.system.files import remove, replace, sync, write_json
 
 LAST, PREVIOUS, BEST, DAMAGED = "last.ckpt", "previous.ckpt", "best.ckpt", "damaged.ckpt"

@@ -23,8 +23,9 @@ from experiments.config.entry import CONF_DIR
 from experiments.conversion.external import hugging_face_logits, plain_rwkv, rwkv_logits
 from experiments.convert import convert
 from experiments.data.tokenizer import BytesTokenizer, Tokenizer, read_tokenizer, train_bpe
+from experiments.runs.checkpoints.reading import read_checkpoint
 from experiments.runs.run_dir import RunDir, find_runs
-from experiments.runs.trained_model import load_model, read_checkpoint
+from experiments.runs.trained_model import load_model
 from experiments.system.files import write_text
 from models.families import formats
 from models.generation import generate

@@ -11,8 +11,9 @@ from omegaconf import DictConfig
 
 from experiments.config.entry import CONF_DIR
 from experiments.config.identity import run_tag
+from experiments.runs.checkpoints.reading import read_checkpoint
 from experiments.runs.run_dir import RunDir, find_runs
-from experiments.runs.trained_model import model_weights, read_checkpoint
+from experiments.runs.trained_model import model_weights
 from experiments.system.files import write_json, write_text
 
 

@@ -11,9 +11,9 @@ from hydra import compose, initialize_config_dir
 from experiments.config.checks import check_config
 from experiments.config.entry import CONF_DIR
 from experiments.config.targets import make
+from experiments.runs.checkpoints.reading import read_checkpoint
 from experiments.runs.metrics import MetricsFile
 from experiments.runs.run_dir import RunDir
-from experiments.runs.trained_model import read_checkpoint
 from experiments.training.fit import fit
 from experiments.training.module import LitLM
 from experiments.training.optimizer import Schedule

@@ -11,8 +11,8 @@ import torch
 from experiments.config.entry import RunFailed
 from experiments.config.identity import plain
 from experiments.runs.checkpoints.files import AtomicCheckpointIO
+from experiments.runs.checkpoints.reading import read_checkpoint
 from experiments.runs.run_dir import RunDir
-from experiments.runs.trained_model import read_checkpoint
 from experiments.system.files import write_json
 from experiments.system.signals import BUSY
 from experiments.training.fit import attempt, fit

@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from experiments.config.entry import CONF_DIR
-from experiments.runs.checkpoints.sharded import read_shards, rows_of, write_shard
-from experiments.runs.trained_model import read_checkpoint
+from experiments.runs.checkpoints.reading import read_checkpoint, read_shards
+from experiments.runs.checkpoints.sharded import rows_of, write_shard
 from experiments.system import ranks
 from experiments.training.devices import Sharded, trainer_options
 from experiments.training.loss import clip_gradients

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from experiments.runs.checkpoints.reading import read_checkpoint
 from experiments.runs.metrics import MetricsFile
-from experiments.runs.trained_model import read_checkpoint
 
 FAKE = Path(__file__).resolve().parents[2] / "experiments" / "sweeps" / "fake_fit.py"
 REAL = Path(__file__).with_name("counted_fit.py")
