@@ -9,8 +9,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import models
-from experiments.benchmark import run as benchmark
 from experiments.benchmarks import self_test
+from experiments.benchmarks.models import at_size
 from experiments.config.entry import CONF_DIR
 from experiments.config.identity import plain
 from experiments.evaluation.evaluating import evaluate
@@ -19,7 +19,7 @@ from experiments.runs.run_dir import RunDir
 from experiments.training.fit import fit
 from models.families import families
 
-from .presets import SIZES
+from .presets import SIZES, frozen
 
 TOY = Path(__file__).parent / "toy_family"
 
@@ -61,6 +61,7 @@ def test_it_keeps_the_contract() -> None:
             pieces.append(logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole)
     assert self_test.step(families()["toy"], torch.device("cpu")) is None
+    assert "toy" in at_size(frozen("size=nano")["size"], 64, 32)  # what every bench measures
 
 
 @pytest.mark.slow
@@ -83,7 +84,6 @@ def test_it_trains_generates_and_is_scored_measured_and_drawn(
     generate(
         plain(composed("generate", "max_tokens=4")) | {"run": str(run.path), "prompt": ["1 t"]}
     )
-    benchmark(plain(composed("benchmark", "bench=generate", *shared, "max_tokens=32", "repeats=1")))
     from analysis.report import main
 
     monkeypatch.setattr(sys, "argv", ["report", *shared])
