@@ -30,7 +30,7 @@ OPTIONAL = {  # and the extra of ours that each comes with
     "cuda-core": "cuda",
     "wandb": "wandb",
     "tensorboard": "tensorboard",
-    "mlflow": "mlflow",
+    "mlflow": "mlflow-skinny",
     "hydra-submitit-launcher": "slurm",
     "ray": "ray",
 }
