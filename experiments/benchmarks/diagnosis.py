@@ -30,7 +30,7 @@ OPTIONAL = {  # and the extra of ours that each comes with
     "cuda-core": "cuda",
     "wandb": "wandb",
     "tensorboard": "tensorboard",
-    "mlflow": "mlflow-skinny",
+    "mlflow-skinny": "mlflow",
     "hydra-submitit-launcher": "slurm",
     "ray": "ray",
 }
