@@ -1,7 +1,7 @@
 """What every command line entry shares: Hydra composes conf/<name>.yaml, and an error is one line.
 
 Exit codes: 0 done, 1 a run failed, 2 bad input, 130 or 143 stopped by SIGINT or
-SIGTERM, 75 saved and to be requeued. That of a sweep says how many of its cells failed.
+SIGTERM, 75 saved and to be requeued. That of a sweep says how many of its trials failed.
 Set HYDRA_FULL_ERROR=1 to see tracebacks.
 """
 

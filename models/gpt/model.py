@@ -41,7 +41,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def extend(cache: Cache, new: KeyValue) -> Cache:
     """The cache with new keys and values at its end; what came in is left as it was.
 
-    A token at a time, joining all of a long cache anew would cost more than the attention itself,
+    A token at a time, joining all of a long cache again would cost more than the attention itself,
     so single tokens gather in a tail.
     """
     if not cache:

@@ -15,8 +15,8 @@ WKV_FN float gelu(float x) {
   const float t = 1.0f / (1.0f + 0.3275911f * z);
   const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f +
                   t * (-1.453152027f + t * 1.061405429f))));
-  const float outside = 0.5f * p * wkv::exp_nonpositive(-z * z);  // Phi(-|x|)
-  return x * (x < 0 ? outside : 1.0f - outside);
+  const float tail = 0.5f * p * wkv::exp_nonpositive(-z * z);  // Phi(-|x|)
+  return x * (x < 0 ? tail : 1.0f - tail);
 }
 
 template <typename W>
@@ -123,24 +123,24 @@ template <typename W>
 void gpt_layer(int64_t B, int64_t C, int64_t F, const Attention& attention, const GptLayer<W>& a,
                float* x, float* scratch, Member& member) {
   float *a1 = scratch, *a2 = a1 + B * C, *qkv = a2 + B * C, *y = qkv + 3 * B * C;
-  float *wide = y + B * C, *scores = wide + B * F;
+  float *hidden = y + B * C, *scores = hidden + B * F;
   member.share(B, [&](int64_t b) {
     layer_norm(C, x + b * C, a.ln1, a.ln1_bias, a1 + b * C);
     layer_norm(C, x + b * C, a.ln2, a.ln2_bias, a2 + b * C);
   });
   multiply<W>(B, {{C, 3 * C, a1, a.qkv, a.qkv_bias, qkv},
-                  {C, F, a2, a.up, a.up_bias, wide}}, member);
+                  {C, F, a2, a.up, a.up_bias, hidden}}, member);
   member.share(B * attention.H + B, [&](int64_t i) {
     if (i < B * attention.H) {
       attention.head(a, i / attention.H, i % attention.H, qkv, scores, y);
       return;
     }
-    float* row = wide + (i - B * attention.H) * F;
+    float* row = hidden + (i - B * attention.H) * F;
 #pragma omp simd
     for (int64_t j = 0; j < F; ++j) row[j] = gelu(row[j]);
   });
   multiply<W>(B, {{C, C, y, a.output, a.output_bias, a1},
-                  {F, C, wide, a.down, a.down_bias, a2}}, member);
+                  {F, C, hidden, a.down, a.down_bias, a2}}, member);
   member.share(B, [&](int64_t b) {
 #pragma omp simd
     for (int64_t i = b * C; i < (b + 1) * C; ++i) x[i] += a1[i] + a2[i];

@@ -41,7 +41,7 @@ def load_library(source: str | Path) -> ctypes.CDLL:
         if target.exists():
             try:
                 return ctypes.CDLL(str(target))
-            except OSError:  # damaged, say by a full disk: made anew for all who come
+            except OSError:  # damaged, say by a full disk: made again for all who come
                 target.unlink()
         _compile(command, path, target)
         return ctypes.CDLL(str(target))

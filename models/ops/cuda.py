@@ -30,7 +30,7 @@ MAX_STEP_BATCH = 8  # rows up to which time_mix_step reads weights no more often
 
 
 def missing(device: torch.device | str = "cuda") -> str | None:
-    """Why the fused rung cannot be had on device, in a line without a full stop, or None."""
+    """Why the fused backend cannot be had on device, in a line without a full stop, or None."""
     device = torch.device(device)
     if device.type != "cuda":
         return f"it runs on NVIDIA GPUs, not on tensors of device {device.type!r}"

@@ -56,7 +56,7 @@ def _interleave(even: Tensor, odd: Tensor) -> Tensor:
 def wkv_scan(
     w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The vectorised rung behind `wkv`; arguments and results are those of `models.ops.wkv.wkv`."""
+    """The vectorised backend of `wkv`; arguments and results are those of `models.ops.wkv.wkv`."""
     dtype = k.dtype
     k, v = k.to(w.dtype), v.to(w.dtype)
     B, T, C = k.shape

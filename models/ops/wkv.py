@@ -36,40 +36,40 @@ def wkv(
     and for a backend that cannot be had.
     """
     _check(w, u, k, v, state)
-    rung = live_backend(k.device, backend)
-    if rung in ("cuda", "cpu"):
+    live = live_backend(k.device, backend)
+    if live in ("cuda", "cpu"):
         if type(k) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            kernel = cuda.forward if rung == "cuda" else cpu.forward
+            kernel = cuda.forward if live == "cuda" else cpu.forward
             return kernel(*_contiguous(w, u, k, v, state))  # a step should not pay for dispatch
         return _wkv(w, u, k, v, state)
-    if rung == "reference":
+    if live == "reference":
         return wkv_reference(w, u, k, v, state)
     return wkv_scan(w, u, k, v, state)
 
 
 @torch.compiler.assume_constant_result
 def live_backend(device: torch.device | str, backend: str = "auto") -> str:
-    """Name the rung ("cuda", "cpu", "torch" or "reference") that `wkv` would run on device.
+    """Name the backend ("cuda", "cpu", "torch" or "reference") that `wkv` would run on device.
 
-    "auto" is the fused rung of the device, "cuda" or "cpu", where it can be had, else "torch"; on
-    these two devices the lack is warned of once. Raises ValueError when the backend asked for
-    cannot be had.
+    "auto" is the fused backend of the device, "cuda" or "cpu", where it can be had, else "torch",
+    with one warning on these two devices. Raises ValueError when the backend asked for cannot be
+    had.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown WKV backend {backend!r}: use one of {', '.join(BACKENDS)}")
     if backend in ("torch", "reference"):
         return backend
     kind = torch.device(device).type
-    rung = kind if backend == "auto" else backend
-    if rung not in ("cuda", "cpu"):
+    chosen = kind if backend == "auto" else backend
+    if chosen not in ("cuda", "cpu"):
         return "torch"
-    if rung == "cpu" != kind:
+    if chosen == "cpu" != kind:
         raise ValueError(f"the WKV backend 'cpu' does not run on device {kind!r}: use auto")
-    reason = cpu.missing() if rung == "cpu" else cuda.missing(device)
+    reason = cpu.missing() if chosen == "cpu" else cuda.missing(device)
     if reason is None:
-        return rung
+        return chosen
     if backend != "auto":
-        raise ValueError(f"the WKV backend {rung!r} cannot be had: {reason}")
+        raise ValueError(f"the WKV backend {chosen!r} cannot be had: {reason}")
     _warn_once(reason)
     return "torch"
 
@@ -182,14 +182,14 @@ def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> 
             f"got {k.dtype} and {v.dtype}"
         )
     B, _, C = k.shape
-    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
     expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {"w": (w, (C,)), "u": (u, (C,))}
     if state is not None:
         expected["state"] = (state, (B, 3, C))
     for name, (x, shape) in expected.items():
-        if x.shape != shape or x.dtype != wide:
+        if x.shape != shape or x.dtype != dtype:
             raise ValueError(
-                f"wkv: {name} must be {shape} of {wide}, got {tuple(x.shape)} of {x.dtype}"
+                f"wkv: {name} must be {shape} of {dtype}, got {tuple(x.shape)} of {x.dtype}"
             )
         if x.device != k.device:
             raise ValueError(f"wkv: {name} is on {x.device} but k is on {k.device}")

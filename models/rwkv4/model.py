@@ -62,8 +62,8 @@ class TimeMix(nn.Module):
         mixes = [self.time_mix_k, self.time_mix_v, self.time_mix_r]
         weights = [self.key.weight, self.value.weight, self.receptance.weight]
         previous = previous.to(x.dtype)
-        wide = torch.promote_types(x.dtype, torch.float32)  # the op's arithmetic, never below
-        w, u = -torch.exp(self.time_decay.to(wide)), self.time_first.to(wide)
+        dtype = torch.promote_types(x.dtype, torch.float32)  # the op's arithmetic, never below
+        w, u = -torch.exp(self.time_decay.to(dtype)), self.time_first.to(dtype)
         one_token = state is not None and x.shape[1] == 1 and pad is None
         if one_token and can_step(x, self.key.weight, backend):
             y, state = time_mix_step(x[:, 0], previous, mixes, weights, w, u, state)

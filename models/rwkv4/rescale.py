@@ -36,7 +36,7 @@ def step_height(weights: Mapping[str, Tensor], every: int) -> float | None:
 
     Borders are layers every, 2 every, ... The logarithm (base 2) of each matrix's root mean square
     is fitted over the layers by a parabola, for what depth does by itself, and a staircase; what is
-    told is the stairs' height, averaged over the two kinds. None if there is no border, or the
+    returned is the stairs' height, averaged over the two kinds. None if there is no border, or the
     matrices are zeros, as training starts: then both readings of the files are the same.
 
     It is a guess, for a step can be a model's own. Of 400 simulated models each, whose matrices

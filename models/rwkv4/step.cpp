@@ -46,7 +46,7 @@ void rwkv4_layer(int64_t B, int64_t L, int64_t C, int64_t F, int64_t l, const Rw
                  float* x, const RwkvState& old, const RwkvState& now, float* scratch,
                  Member& member) {
   float* mixed[3] = {scratch, scratch + B * C, scratch + 2 * B * C};
-  float *k = mixed[2] + B * C, *v = k + B * C, *r = v + B * C, *wide = r + B * C;
+  float *k = mixed[2] + B * C, *v = k + B * C, *r = v + B * C, *hidden = r + B * C;
   member.share(B, [&](int64_t b) {
     const int64_t at = (b * L + l) * C;
     layer_norm(C, x + b * C, a.ln1, a.ln1_bias, now.att + at);
@@ -70,14 +70,14 @@ void rwkv4_layer(int64_t B, int64_t L, int64_t C, int64_t F, int64_t l, const Rw
     mix(C, old.ffn + at, now.ffn + at, a.ffn_mix_k, mixed[0] + row);
     mix(C, old.ffn + at, now.ffn + at, a.ffn_mix_r, mixed[1] + row);
   });
-  multiply<W>(B, {{C, F, mixed[0], a.ffn_key, nullptr, wide},
+  multiply<W>(B, {{C, F, mixed[0], a.ffn_key, nullptr, hidden},
                   {C, C, mixed[1], a.ffn_receptance, nullptr, r}}, member);
   member.share(B, [&](int64_t b) {
 #pragma omp simd
     for (int64_t i = b * F; i < (b + 1) * F; ++i)
-      wide[i] = wide[i] < 0 ? 0.0f : wide[i] * wide[i];  // NaN stays
+      hidden[i] = hidden[i] < 0 ? 0.0f : hidden[i] * hidden[i];  // NaN stays
   });
-  multiply<W>(B, {{F, C, wide, a.ffn_value, nullptr, v}}, member);
+  multiply<W>(B, {{F, C, hidden, a.ffn_value, nullptr, v}}, member);
   member.share(B, [&](int64_t b) {
 #pragma omp simd
     for (int64_t i = b * C; i < (b + 1) * C; ++i) x[i] += sigmoid(r[i]) * v[i];

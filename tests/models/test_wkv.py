@@ -17,7 +17,7 @@ SHAPES = [(2, 1, 3), (3, 2, 9), (2, 63, 70), (1, 500, 17)]
 
 
 @pytest.fixture(params=RUNGS)
-def rung(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest) -> str:
     """A backend to ask for; "cuda" is the whole of it on an emulated GPU, in the place of "cpu"."""
     if request.param in ("cpu", "cuda") and cpu.missing():
         pytest.skip(f"no C++ compiler: {cpu.missing()}")
@@ -63,12 +63,12 @@ def loss_weights(kind: str, B: int, T: int, C: int) -> tuple[Tensor, Tensor]:
     return lopsided, torch.randn(B, 3, C, generator=g).double()
 
 
-def run(rung: str, inputs: list[Tensor], dtype: torch.dtype, kind: str = "lopsided") -> list:
-    """Outputs and gradients of a rung for k and v of dtype, all named by NAMES."""
+def run(backend: str, inputs: list[Tensor], dtype: torch.dtype, kind: str = "lopsided") -> list:
+    """Outputs and gradients of a backend for k and v of dtype, all named by NAMES."""
     wide = torch.promote_types(dtype, torch.float32)
     types = (wide, wide, dtype, dtype, wide)
     leaves = [x.to(t).requires_grad_() for x, t in zip(inputs, types, strict=True)]
-    y, state = wkv(*leaves, backend=rung)
+    y, state = wkv(*leaves, backend=backend)
     gy, g_state = loss_weights(kind, *y.shape)
     grads = torch.autograd.grad([y, state], leaves, [gy.to(y.dtype), g_state.to(wide)])
     return [y.detach(), state.detach(), *grads]
@@ -96,71 +96,73 @@ def wkv_sum(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_sum(shape: tuple[int, int, int], scale: float, rung: str) -> None:
+def test_sum(shape: tuple[int, int, int], scale: float, backend: str) -> None:
     inputs = make(*shape, scale)
-    assert relative_rms(wkv(*inputs, backend=rung)[0], wkv_sum(*inputs)) < 1e-12
+    assert relative_rms(wkv(*inputs, backend=backend)[0], wkv_sum(*inputs)) < 1e-12
 
 
 @pytest.mark.parametrize("kind", ["equal", "lopsided"])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rung", ["torch", "cpu", "cuda"], indirect=True)
-def test_ladder(shape: tuple[int, int, int], scale: float, kind: str, rung: str) -> None:
+@pytest.mark.parametrize("backend", ["torch", "cpu", "cuda"], indirect=True)
+def test_ladder(shape: tuple[int, int, int], scale: float, kind: str, backend: str) -> None:
     inputs = make(*shape, scale)
     compare(
-        run(rung, inputs, torch.float64, kind), run("reference", inputs, torch.float64, kind), 1e-10
+        run(backend, inputs, torch.float64, kind),
+        run("reference", inputs, torch.float64, kind),
+        1e-10,
     )
     narrow = [x.float().double() for x in inputs]
     expected = run("reference", narrow, torch.float64, kind)
     # float32 holds an exponent of 300 to 3e-5, and a weight to no more than that
-    compare(run(rung, narrow, torch.float32, kind), expected, 3e-6 if scale == 1 else 5e-5)
+    compare(run(backend, narrow, torch.float32, kind), expected, 3e-6 if scale == 1 else 5e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 4e-3)])
-@pytest.mark.parametrize("rung", ["torch", "cpu", "cuda"], indirect=True)
-def test_half_precision(dtype: torch.dtype, tolerance: float, rung: str) -> None:
+@pytest.mark.parametrize("backend", ["torch", "cpu", "cuda"], indirect=True)
+def test_half_precision(dtype: torch.dtype, tolerance: float, backend: str) -> None:
     w, u, k, v, state = make(2, 63, 70)
     inputs = [w, u, k.to(dtype).double(), v.to(dtype).double(), state]
     gy, _ = loss_weights("lopsided", 2, 63, 70)
-    assert run(rung, inputs, dtype)[0].dtype == dtype
-    compare(run(rung, inputs, dtype), run("reference", inputs, torch.float64), tolerance)
+    assert run(backend, inputs, dtype)[0].dtype == dtype
+    compare(run(backend, inputs, dtype), run("reference", inputs, torch.float64), tolerance)
     assert gy.max() > 100 * gy.median()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 6e4, float("inf"), float("nan")])
-@pytest.mark.parametrize("rung", ["cpu"], indirect=True)
-def test_rounding_is_that_of_torch(dtype: torch.dtype, scale: float, rung: str) -> None:
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_rounding_is_that_of_torch(dtype: torch.dtype, scale: float, backend: str) -> None:
     w, u, k, v, state = (x.float() for x in make(2, 40, 70))
     k, v = k.to(dtype), (v.clamp(-1, 1) * scale).to(dtype)
     results = []
     for io in (dtype, torch.float32):
         x = v.to(io).requires_grad_()
-        y, _ = wkv(w, u, k.to(io), x, state, backend=rung)
+        y, _ = wkv(w, u, k.to(io), x, state, backend=backend)
         (gv,) = torch.autograd.grad(y, x, v.to(io))
         results.append((y.detach().to(dtype), gv.to(dtype)))
     for narrow, wide in zip(*results, strict=True):
         torch.testing.assert_close(narrow, wide, rtol=0, atol=0, equal_nan=True)
 
 
-def test_gradcheck(rung: str) -> None:
+def test_gradcheck(backend: str) -> None:
     for B, T, C in [(1, 1, 2), (2, 5, 3), (1, 19, 2)]:  # 19: more than one chunk of the C++
         # finite differences see nothing of a decay that leaves nothing
         w = -torch.logspace(-3, 0.5, C, dtype=torch.float64)
         leaves = [x.requires_grad_() for x in (w, *make(B, T, C)[1:])]
-        assert torch.autograd.gradcheck(lambda *x: wkv(*x, backend=rung), leaves)
+        assert torch.autograd.gradcheck(lambda *x: wkv(*x, backend=backend), leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("cuts", [(1,), (62,), (7, 8, 40)])
-def test_split_anywhere(cuts: tuple[int, ...], dtype: torch.dtype, rung: str) -> None:
+def test_split_anywhere(cuts: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
     inputs = [x.to(dtype) for x in make(2, 63, 18)]
-    whole = run(rung, inputs, dtype)
+    whole = run(backend, inputs, dtype)
     leaves = [x.clone().requires_grad_() for x in inputs]
     w, u, k, v, state = leaves
     ys = []
     for k_part, v_part in zip(k.tensor_split(cuts, 1), v.tensor_split(cuts, 1), strict=True):
-        y, state = wkv(w, u, k_part, v_part, state, backend=rung)
+        y, state = wkv(w, u, k_part, v_part, state, backend=backend)
         ys.append(y)
     gy, g_state = loss_weights("lopsided", 2, 63, 18)
     outputs = [torch.cat(ys, 1), state]
@@ -168,49 +170,49 @@ def test_split_anywhere(cuts: tuple[int, ...], dtype: torch.dtype, rung: str) ->
     compare([*outputs, *grads], whole, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
-def test_empty_state_and_padding(rung: str) -> None:
+def test_empty_state_and_padding(backend: str) -> None:
     w, u, k, v, _ = (x.float() for x in make(2, 9, 5))
-    expected = wkv(w, u, k, v, backend=rung)
+    expected = wkv(w, u, k, v, backend=backend)
     empty = torch.tensor([0.0, 0.0, -1e38]).view(1, 3, 1).expand(2, 3, 5)
     padded_k = torch.cat((torch.full((2, 4, 5), -1e38), k), 1)
     padded_v = torch.cat((v[:, :4], v), 1)
     for y, last in (
-        wkv(w, u, k, v, empty, backend=rung),
+        wkv(w, u, k, v, empty, backend=backend),
         [
             x[:, -n:]
-            for x, n in zip(wkv(w, u, padded_k, padded_v, backend=rung), (9, 3), strict=True)
+            for x, n in zip(wkv(w, u, padded_k, padded_v, backend=backend), (9, 3), strict=True)
         ],
     ):
         torch.testing.assert_close(y, expected[0], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(last, expected[1], rtol=1e-6, atol=1e-6)
 
 
-def test_not_a_number_is_seen_and_stays_in_its_channel(rung: str) -> None:
+def test_not_a_number_is_seen_and_stays_in_its_channel(backend: str) -> None:
     w, u, k, v, _ = (x.float() for x in make(2, 40, 20))
     k[1, 30, 4] = torch.nan
-    y, state = wkv(w, u, k, v, backend=rung)
+    y, state = wkv(w, u, k, v, backend=backend)
     expected = torch.zeros(2, 40, 20, dtype=torch.bool)
     expected[1, 30:, 4] = True
     assert torch.equal(y.isnan(), expected)
     assert torch.equal(state.isnan().any(1), expected.any(1))
 
 
-@pytest.mark.parametrize("rung", ["cpu"], indirect=True)
-def test_exponential(rung: str) -> None:
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_exponential(backend: str) -> None:
     x = torch.cat((-torch.logspace(-8, 1.9395, 5000), torch.tensor([-87.1, -1e3, -1e38, 0.0])))
     n = len(x)
     state = torch.stack((torch.ones(n), torch.zeros(n), x))[None]  # y = e^x x 1 / (e^x x 0 + 1)
     zero = torch.zeros(1, 1, n)
-    y = wkv(-torch.ones(n), torch.zeros(n), zero, zero, state, backend=rung)[0].flatten()
+    y = wkv(-torch.ones(n), torch.zeros(n), zero, zero, state, backend=backend)[0].flatten()
     exact = x.double().exp()
     assert y[-4:].tolist() == [0, 0, 0, 1]
     assert ((y - exact).abs() / exact)[:-4].max() < 2 * 2**-23
 
 
-@pytest.mark.parametrize("rung", ["torch", "cpu", "cuda"], indirect=True)
-def test_strides(rung: str) -> None:
+@pytest.mark.parametrize("backend", ["torch", "cpu", "cuda"], indirect=True)
+def test_strides(backend: str) -> None:
     w, u, k, v, state = make(2, 21, 12)
-    expected = run(rung, [w, u, k, v, state], torch.float64)
+    expected = run(backend, [w, u, k, v, state], torch.float64)
     strided = [
         w.repeat_interleave(2)[::2],
         u.repeat_interleave(3)[::3],
@@ -220,23 +222,23 @@ def test_strides(rung: str) -> None:
     ]
     assert not any(x.is_contiguous() for x in strided)
     leaves = [x.requires_grad_() for x in strided]
-    y, last = wkv(*leaves, backend=rung)
+    y, last = wkv(*leaves, backend=backend)
     gy, g_state = loss_weights("lopsided", 2, 21, 12)
     gy = gy.transpose(0, 2).contiguous().transpose(0, 2)
     compare([y, last, *torch.autograd.grad([y, last], leaves, [gy, g_state])], expected, 1e-14)
-    y, _ = wkv(*(x.detach() for x in (w, u, k)), v[:1, :1].expand(2, 21, 12), backend=rung)
+    y, _ = wkv(*(x.detach() for x in (w, u, k)), v[:1, :1].expand(2, 21, 12), backend=backend)
     assert relative_rms(y, v[:1, :1].expand(2, 21, 12)) < 1e-12  # the average of equals
 
 
-@pytest.mark.parametrize("rung", ["cpu"], indirect=True)
-def test_threads_change_no_bit(rung: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_threads_change_no_bit(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make(3, 50, 150)
-    one = run(rung, inputs, torch.float32)
+    one = run(backend, inputs, torch.float32)
     torch.set_num_threads(3)
     try:
-        pool = run(rung, inputs, torch.float32)
+        pool = run(backend, inputs, torch.float32)
         monkeypatch.setattr(cpu, "_openmp", lambda: None)
-        own = run(rung, inputs, torch.float32)
+        own = run(backend, inputs, torch.float32)
     finally:
         torch.set_num_threads(1)
     for a, b, c in zip(one, pool, own, strict=True):
@@ -245,63 +247,63 @@ def test_threads_change_no_bit(rung: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(("threads", "T", "C"), [(3, 600, 40), (4, 2000, 7), (5, 1100, 33)])
-@pytest.mark.parametrize("rung", ["cpu"], indirect=True)
-def test_threads_share_long_sequences(threads: int, T: int, C: int, rung: str) -> None:
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_threads_share_long_sequences(threads: int, T: int, C: int, backend: str) -> None:
     """Too few channels for all threads: segments of T are done side by side and then joined."""
     inputs = make(1, T, C)
-    one = run(rung, inputs, torch.float64)
+    one = run(backend, inputs, torch.float64)
     torch.set_num_threads(threads)
     try:
-        several = run(rung, inputs, torch.float64)
-        narrow = run(rung, [x.float().double() for x in inputs], torch.float32)
+        several = run(backend, inputs, torch.float64)
+        narrow = run(backend, [x.float().double() for x in inputs], torch.float32)
     finally:
         torch.set_num_threads(1)
     assert not all(torch.equal(a, b) for a, b in zip(one, several, strict=True))  # it was cut
     compare(several, one, 1e-10)
-    compare(narrow, run(rung, [x.float().double() for x in inputs], torch.float64), 1e-5)
+    compare(narrow, run(backend, [x.float().double() for x in inputs], torch.float64), 1e-5)
 
 
-@pytest.mark.parametrize("rung", ["cpu"], indirect=True)
-def test_segments_of_nothing_but_padding(rung: str) -> None:
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_segments_of_nothing_but_padding(backend: str) -> None:
     w, u, k, v, _ = (x.float() for x in make(1, 1500, 5))
     k[:, :900] = -1e38
-    expected = wkv(w, u, k[:, 900:], v[:, 900:], backend=rung)
+    expected = wkv(w, u, k[:, 900:], v[:, 900:], backend=backend)
     torch.set_num_threads(4)
     try:
-        y, state = wkv(w, u, k, v, backend=rung)
+        y, state = wkv(w, u, k, v, backend=backend)
     finally:
         torch.set_num_threads(1)
     torch.testing.assert_close(y[:, 900:], expected[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(state, expected[1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("rung", ["cpu"], indirect=True)
-def test_gradcheck_of_segments(rung: str) -> None:
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_gradcheck_of_segments(backend: str) -> None:
     torch.set_num_threads(2)
     try:
         w = -torch.tensor([1e-3], dtype=torch.float64)
         leaves = [x.requires_grad_() for x in (w, *make(1, 520, 1)[1:])]
-        assert torch.autograd.gradcheck(lambda *x: wkv(*x, backend=rung), leaves)
+        assert torch.autograd.gradcheck(lambda *x: wkv(*x, backend=backend), leaves)
     finally:
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("rung", ["cpu"], indirect=True)
-def test_one_graph_for_all_lengths(rung: str) -> None:
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_one_graph_for_all_lengths(backend: str) -> None:
     compiled = torch.compile(
-        lambda *x: wkv(*x, backend=rung)[0], fullgraph=True, dynamic=True, backend="aot_eager"
+        lambda *x: wkv(*x, backend=backend)[0], fullgraph=True, dynamic=True, backend="aot_eager"
     )
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
     for T in (5, 9, 33):
         inputs = [x.float() for x in make(2, T, 4)]
-        torch.testing.assert_close(compiled(*inputs), wkv(*inputs, backend=rung)[0])
+        torch.testing.assert_close(compiled(*inputs), wkv(*inputs, backend=backend)[0])
     assert graphs["unique_graphs"] == before + 1
 
 
 @pytest.mark.parametrize("with_state", [False, True])
-@pytest.mark.parametrize("rung", ["cpu"], indirect=True)
-def test_operator_is_well_formed(with_state: bool, rung: str) -> None:
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_operator_is_well_formed(with_state: bool, backend: str) -> None:
     torch.use_deterministic_algorithms(False)  # opcheck compares memory nobody wrote
     inputs = [x.float().requires_grad_() for x in make(2, 7, 5)]
     torch.library.opcheck(_wkv, (*inputs[:4], inputs[4] if with_state else None))
@@ -309,8 +311,8 @@ def test_operator_is_well_formed(with_state: bool, rung: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rung", ["cpu"], indirect=True)
-def test_loops_became_vector_code(dtype: torch.dtype, rung: str) -> None:
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_loops_became_vector_code(dtype: torch.dtype, backend: str) -> None:
     """Scalar code takes 8 times two passes of torch.exp, vector code about one (0.6 measured)."""
     torch.use_deterministic_algorithms(False)
     w, u, k, v, _ = (x.float() for x in make(2, 256, 256))
@@ -323,13 +325,13 @@ def test_loops_became_vector_code(dtype: torch.dtype, rung: str) -> None:
 
     x = k.float()
     two_exp = min(cpu_seconds(lambda: (x.exp(), x.exp())) for _ in range(30))
-    forward = min(cpu_seconds(lambda: wkv(w, u, k, v, backend=rung)) for _ in range(30))
+    forward = min(cpu_seconds(lambda: wkv(w, u, k, v, backend=backend)) for _ in range(30))
     assert forward < 3 * two_exp
 
 
-def test_compiles_into_one_graph(rung: str) -> None:
+def test_compiles_into_one_graph(backend: str) -> None:
     def loss(*inputs: Tensor) -> Tensor:
-        y, state = wkv(*inputs, backend=rung)
+        y, state = wkv(*inputs, backend=backend)
         return y.square().sum() + state.sum()
 
     inputs = [x.float().requires_grad_() for x in make(2, 3, 4)]

@@ -1,6 +1,6 @@
-"""The CUDA rung without a GPU: emulated, under sanitizers, compiled for real ones.
+"""The CUDA backend without a GPU: emulated, under sanitizers, compiled for real ones.
 
-test_wkv.py holds the emulated rung to the whole ladder; here is what only a GPU has.
+test_wkv.py holds the emulated backend to the whole ladder; here is what only a GPU has.
 """
 
 import os
@@ -179,7 +179,7 @@ def test_every_barrier_is_needed(tmp_path: Path, emulated_gpu: Any) -> None:
 @pytest.mark.slow
 @needs_compiler
 def test_sanitizers(tmp_path: Path) -> None:
-    """Both compiled rungs on the whole ladder under AddressSanitizer and UBSan."""
+    """Both compiled backends on the whole ladder under AddressSanitizer and UBSan."""
     gxx = build._compiler()[0]
     found = subprocess.run(
         [gxx, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
@@ -287,7 +287,7 @@ def test_why_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", list(cuda._TYPES))
 def test_on_a_gpu(dtype: torch.dtype) -> None:
-    """Against the rung that needs no kernel, eagerly and out of a captured graph."""
+    """Against the backend that needs no kernel, eagerly and out of a captured graph."""
     on_cpu = inputs(3, 1000, 72, dtype)
     leaves = [x.detach().cuda().requires_grad_() for x in on_cpu]
     exact = results([x.detach().double().requires_grad_() for x in on_cpu], "torch")

@@ -29,7 +29,7 @@ many = settings(
 
 
 @pytest.fixture(params=["torch", "cpu", "cuda"])
-def rung(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest) -> str:
     if request.param != "torch" and cpu.missing():
         pytest.skip(f"no C++ compiler: {cpu.missing()}")
     if request.param == "cuda":
@@ -97,52 +97,52 @@ def exact(problem: list[Tensor]) -> list[Tensor]:
 
 @many
 @given(problem=problems())
-def test_right_for_all(problem: list[Tensor], rung: str) -> None:
+def test_right_for_all(problem: list[Tensor], backend: str) -> None:
     # a float32 exponent of 8 x 4 standard deviations is itself only good to 2e-6
     dtype, steep = problem[2].dtype, float(problem[2].double().abs().max()) > 8
     bound = BOUNDS[dtype] * (6 if steep else 3 if dtype == torch.float32 else 1)
-    found = errors(outcome(problem, rung), exact(problem))
+    found = errors(outcome(problem, backend), exact(problem))
     assert found[0] < bound
     assert max(found) < 2 * bound
 
 
 @many
 @given(problem=problems((torch.float64, torch.float32)), data=st.data())
-def test_split_anywhere(problem: list[Tensor], data: Any, rung: str) -> None:
+def test_split_anywhere(problem: list[Tensor], data: Any, backend: str) -> None:
     T = problem[2].shape[1]
     cuts = data.draw(st.lists(st.integers(1, T - 1), max_size=4)) if T > 1 else []
     cuts = tuple(sorted(set(cuts)))
-    found = errors(outcome(problem, rung, cuts), outcome(problem, rung))
+    found = errors(outcome(problem, backend, cuts), outcome(problem, backend))
     assert max(found) < (1e-10 if problem[2].dtype == torch.float64 else 1e-5)
 
 
 @many
 @given(problem=problems((torch.float64,)), shift=st.floats(-50, 50))
-def test_only_differences_of_keys_count(problem: list[Tensor], shift: float, rung: str) -> None:
+def test_only_differences_of_keys_count(problem: list[Tensor], shift: float, backend: str) -> None:
     """A constant added to all keys and the state's exponent changes no y and no gradient of v."""
     w, u, k, v, state, gy, _ = problem
     moved = None if state is None else torch.cat((state[:, :2], state[:, 2:] + shift), 1)
     ys = []
     for keys, first in ((k, state), (k + shift, moved)):
         values = v.detach().requires_grad_()
-        y, _ = wkv(w, u, keys, values, first, backend=rung)
+        y, _ = wkv(w, u, keys, values, first, backend=backend)
         ys.append([y.detach(), *torch.autograd.grad(y, values, gy)])
     assert max(errors(*ys)) < 1e-10
 
 
 @many
 @given(problem=problems((torch.float32,)))
-def test_a_weighted_mean(problem: list[Tensor], rung: str) -> None:
+def test_a_weighted_mean(problem: list[Tensor], backend: str) -> None:
     """Without a state y lies between the least and the largest value so far (appendix H)."""
     w, u, k, v, *_ = problem
-    y, _ = wkv(w, u, k, v, backend=rung)
+    y, _ = wkv(w, u, k, v, backend=backend)
     slack = 1e-5 * v.abs().max()
     assert (y <= v.cummax(1).values + slack).all()
     assert (y >= v.cummin(1).values - slack).all()
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_long(scale: float, rung: str) -> None:
+def test_long(scale: float, backend: str) -> None:
     """T = 4097, decays of e^-1e-6 to e^-50, keys up to hundreds, one gradient far above others."""
     g = torch.Generator().manual_seed(0)
     B, T, C = 1, 4097, 3
@@ -153,8 +153,8 @@ def test_long(scale: float, rung: str) -> None:
     state = torch.tensor([0.5, 1.5, 0.0], dtype=torch.float64).view(1, 3, 1).expand(B, 3, C)
     problem = [w, torch.randn(C, generator=g).double(), k, v, state, gy, torch.ones_like(state)]
     expected = exact(problem)
-    assert max(errors(outcome(problem, rung), expected)) < 1e-10
+    assert max(errors(outcome(problem, backend), expected)) < 1e-10
     narrow = [x.float() for x in problem]
     # float32 holds an exponent of 400 to 3e-5, and gk and gw are what is left where terms as large
     # as the one far gradient cancel
-    assert max(errors(outcome(narrow, rung), exact(narrow))) < (5e-6 if scale == 1 else 5e-3)
+    assert max(errors(outcome(narrow, backend), exact(narrow))) < (5e-6 if scale == 1 else 5e-3)

@@ -49,9 +49,10 @@ struct alignas(16) Tile {
   IO x[CHUNK][LANES];
 };
 
-// Two barriers lie between any two uses by different threads.
+// States of spans in shared memory, a row each. Two barriers lie between any two uses by different
+// threads.
 template <int ROWS>
-struct Board {
+struct SharedStates {
   S x[4][ROWS][LANES];
 
   WKV_DEVICE void put(int row, int lane, S a, S b, S c, S d) {
@@ -88,15 +89,15 @@ WKV_DEVICE State<S> given_state(const S* state, Int b, Int C, Int c) {
   return {state[0], state[C], state[2 * C], S(0)};
 }
 
-// Where a block and a thread are.
-struct Place {
+// Which steps and channels a block and a thread work on.
+struct ThreadPosition {
   Int T, C, segment, n_segments;
   int lane, span, thread;
   Int b, c, first_c, number;  // batch row, channel, the block's first channel, segment
   Int begin, end;             // the segment's steps
   bool inside, aligned;       // the channel exists; packs may be read and written whole
 
-  WKV_DEVICE Place(Int T, Int C, Int segment, Int aligned)
+  WKV_DEVICE ThreadPosition(Int T, Int C, Int segment, Int aligned)
       : T(T), C(C), segment(segment), n_segments((T + segment - 1) / segment),
         lane(threadIdx.x), span(threadIdx.y), thread(threadIdx.y * LANES + threadIdx.x),
         aligned(aligned) {
@@ -121,11 +122,11 @@ struct Place {
 };
 
 // The part of a tile that one thread moves: on its way in registers while another is worked on.
-struct Cargo {
+struct PrefetchedTile {
   Pack pack[PACKS];
 
   // From the chunk at t of an array (B, T, C); what lies outside it reads as 0.
-  WKV_DEVICE void fetch(const Place& at, const IO* array, Int t) {
+  WKV_DEVICE void fetch(const ThreadPosition& at, const IO* array, Int t) {
 #pragma unroll
     for (int i = 0; i < PACKS; ++i) {
       const int q = at.thread + i * THREADS, row = q / PACKS_PER_ROW;
@@ -140,7 +141,7 @@ struct Cargo {
       }
     }
   }
-  WKV_DEVICE void unload(const Place& at, Tile& tile) const {
+  WKV_DEVICE void unload(const ThreadPosition& at, Tile& tile) const {
 #pragma unroll
     for (int i = 0; i < PACKS; ++i)
       reinterpret_cast<Pack*>(&tile)[at.thread + i * THREADS] = pack[i];
@@ -148,7 +149,7 @@ struct Cargo {
 };
 
 // The thread that writes a pack of a tile to memory is the one that next overwrites that pack.
-WKV_DEVICE void store_tile(const Place& at, const Tile& tile, IO* array, Int t) {
+WKV_DEVICE void store_tile(const ThreadPosition& at, const Tile& tile, IO* array, Int t) {
 #pragma unroll
   for (int i = 0; i < PACKS; ++i) {
     const int q = at.thread + i * THREADS, row = q / PACKS_PER_ROW;
@@ -167,7 +168,7 @@ WKV_DEVICE void store_tile(const Place& at, const Tile& tile, IO* array, Int t) 
 }
 
 // What this thread's n steps make of an empty state.
-WKV_DEVICE State<S> reduce_span(const Place& at, int n, S w, const Tile& k, const Tile& v) {
+WKV_DEVICE State<S> reduce_span(const ThreadPosition& at, int n, S w, const Tile& k, const Tile& v) {
   State<S> s = empty();
 #pragma unroll
   for (int i = 0; i < STEPS; ++i) {
@@ -178,7 +179,7 @@ WKV_DEVICE State<S> reduce_span(const Place& at, int n, S w, const Tile& k, cons
 }
 
 // The state before this thread's span: `s`, that before the chunk, and the full spans between.
-WKV_DEVICE State<S> before_span(const Place& at, State<S> s, S w, const Board<SPANS>& sums) {
+WKV_DEVICE State<S> before_span(const ThreadPosition& at, State<S> s, S w, const SharedStates<SPANS>& sums) {
   for (int i = 0; i < at.span; ++i) s = wkv::join<S>(s, sums.state(i, at.lane), w, S(STEPS));
   return s;
 }
@@ -189,12 +190,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_FORWARD)
 wkv_reduce(Int T, Int C, Int segment, Int aligned, const S* w_, const IO* k, const IO* v, S* ends,
            S* borders) {
   __shared__ Tile tile_k, tile_v;
-  __shared__ Board<SPANS> sums;
-  const Place at(T, C, segment, aligned);
+  __shared__ SharedStates<SPANS> sums;
+  const ThreadPosition at(T, C, segment, aligned);
   const S w = at.per_channel(w_);
   const Int row = at.b * ((T + CHUNK - 1) / CHUNK) + at.begin / CHUNK;
   State<S> s = empty();  // of the chunks so far; only span 0 uses it
-  Cargo next_k, next_v;
+  PrefetchedTile next_k, next_v;
   next_k.fetch(at, k, at.begin);
   next_v.fetch(at, v, at.begin);
   for (Int i = 0; i < at.n_chunks(); ++i) {
@@ -241,9 +242,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_FORWARD)
 wkv_forward(Int T, Int C, Int segment, Int aligned, const S* w_, const S* u_, const IO* k,
             const IO* v, const S* state, const S* ends, IO* y, S* last) {
   __shared__ Tile tile_k, tile_v;  // tile_v takes y in the place of v
-  __shared__ Board<SPANS> sums;
-  __shared__ Board<1> carry;  // the state before the chunk
-  const Place at(T, C, segment, aligned);
+  __shared__ SharedStates<SPANS> sums;
+  __shared__ SharedStates<1> carry;  // the state before the chunk
+  const ThreadPosition at(T, C, segment, aligned);
   const S w = at.per_channel(w_), u = at.per_channel(u_);
   if (at.span == 0) {
     State<S> s = empty();
@@ -251,7 +252,7 @@ wkv_forward(Int T, Int C, Int segment, Int aligned, const S* w_, const S* u_, co
       s = ends ? load_state(ends, at.segments_row(), C, at.c) : given_state(state, at.b, C, at.c);
     carry.put(0, at.lane, s);
   }
-  Cargo next_k, next_v;
+  PrefetchedTile next_k, next_v;
   next_k.fetch(at, k, at.begin);
   next_v.fetch(at, v, at.begin);
   __syncthreads();
@@ -307,21 +308,21 @@ struct BackwardArrays {
 // Shared memory of the backward pass; the tiles of k and v take gk and gv in their place.
 struct BackwardShared {
   Tile k, v, gy;
-  Board<SPANS> sums, own;
-  Board<1> carry;  // the adjoint behind the chunk
+  SharedStates<SPANS> sums, own;
+  SharedStates<1> carry;  // the adjoint behind the chunk
 };
 
 // Walks a segment backwards from the adjoint g behind it. apply = false: only finds what the segment
 // adds to an adjoint of zero; gk, gv, gw and gu are then left alone. Returns, for every thread of
 // span 0, the adjoint before the segment.
 template <bool apply>
-WKV_DEVICE Adjoint<S> walk_back(const Place& at, const BackwardArrays& a, BackwardShared& shared,
+WKV_DEVICE Adjoint<S> walk_back(const ThreadPosition& at, const BackwardArrays& a, BackwardShared& shared,
                                 Adjoint<S> g, IO* gk, IO* gv, S& gw, S& gu) {
   const S w = at.per_channel(a.w), u = at.per_channel(a.u);
   const Int row = at.b * ((at.T + CHUNK - 1) / CHUNK) + at.begin / CHUNK;
   const State<S> first = at.inside ? load_state(a.ends, at.segments_row(), at.C, at.c) : empty();
   if (at.span == 0) shared.carry.put(0, at.lane, g.num, g.den, g.p, S(0));
-  Cargo next_k, next_v, next_gy;
+  PrefetchedTile next_k, next_v, next_gy;
   const Int last_t = at.begin + (at.n_chunks() - 1) * CHUNK;
   next_k.fetch(at, a.k, last_t);
   next_v.fetch(at, a.v, last_t);
@@ -406,7 +407,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_BACKWARD)
 wkv_backward_reduce(Int T, Int C, Int segment, Int aligned, const S* w, const S* u, const IO* k,
                     const IO* v, const IO* gy, const S* ends, const S* borders, S* adjoints) {
   __shared__ BackwardShared shared;
-  const Place at(T, C, segment, aligned);
+  const ThreadPosition at(T, C, segment, aligned);
   const BackwardArrays a{w, u, k, v, gy, ends, borders, adjoints};
   S gw = S(0), gu = S(0);
   const Adjoint<S> g = walk_back<false>(at, a, shared, {S(0), S(0), S(0)}, nullptr, nullptr, gw, gu);
@@ -441,7 +442,7 @@ wkv_backward(Int T, Int C, Int segment, Int aligned, const S* w, const S* u, con
              const IO* v, const IO* gy, const S* ends, const S* borders, const S* g_last,
              S* adjoints, S* gw, S* gu, IO* gk, IO* gv, S* g_first) {
   __shared__ BackwardShared shared;
-  const Place at(T, C, segment, aligned);
+  const ThreadPosition at(T, C, segment, aligned);
   const BackwardArrays a{w, u, k, v, gy, ends, borders, adjoints};
   Adjoint<S> g{S(0), S(0), S(0)};
   S of_w = S(0), of_u = S(0);

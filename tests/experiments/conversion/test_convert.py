@@ -486,8 +486,8 @@ def test_what_cannot_be_converted_is_said(hf, tmp_path) -> None:
     torch.save(RWKV4(20, 2, 8, 8).state_dict(), pth)
     cases: list[tuple[Path, Path, dict[str, Any], str]] = [
         (hf, tmp_path / "x.pth", {}, "convert it to a run directory first"),
-        (gpt.path, tmp_path / "x.pth", {}, "has no .pth files"),
-        (gpt.path, tmp_path / "x.safetensors", {}, "has no .pth files"),
+        (gpt.path, tmp_path / "x.pth", {}, "has no \\.(pth|safetensors) files"),
+        (gpt.path, tmp_path / "x.safetensors", {}, "has no \\.(pth|safetensors) files"),
         (gpt.path, tmp_path / "new", {"ctx_len": 8}, "ctx_len= is for checkpoints from outside"),
         (gpt.path, tmp_path / "new", {"checkpoint": "best"}, "has no best checkpoint"),
         (hf, Path("/no_such_run"), {}, "must end in SUITE/MODEL/LABEL"),

@@ -166,7 +166,11 @@ def test_a_row_that_a_tasks_own_code_refuses_is_found(
         ("rows.jsonl", b'{"a": 1}\n{"a": \n', r"line 2 of .*rows\.jsonl is not JSON"),
         ("rows.jsonl", b'{"a": "\xff"}\n', r"rows\.jsonl is damaged"),
         ("rows.jsonl", b'{"a": 1}\n{"a": 123456789012345678901234567890}\n', "too large a number"),
-        ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-9], r"rows\.jsonl\.gz is damaged"),
+        (
+            "rows.jsonl.gz",
+            gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-9],
+            r"rows\.jsonl\.gz is damaged",
+        ),
     ],
 )
 def test_damaged_files_are_one_line(tmp_path: Path, name: str, content: bytes, message) -> None:
