@@ -18,7 +18,7 @@ from experiments.benchmarks.measure import Report, Row, check_counts, interleave
 from experiments.config.identity import model_name
 from experiments.config.targets import make
 from experiments.data.prepare import prepare
-from experiments.data.token_data import TokenData, TrainWindows
+from experiments.data.token_data import TrainWindows
 from experiments.runs.checkpoints.files import (
     BEST,
     LAST,
@@ -107,7 +107,7 @@ def trained(cfg: DictConfig) -> dict[str, Any]:
 
 def seek(cfg: DictConfig) -> float:
     """Seconds to the batch of a far step."""
-    windows = TrainWindows(TokenData.open(prepare(cfg.data)), cfg.ctx_len, cfg.data.seed)
+    windows = TrainWindows(prepare(cfg.data, cfg.paths.data), cfg.ctx_len, cfg.data.seed)
     start = time.perf_counter()
     for row in range(cfg.batch_size):
         windows[FAR * cfg.batch_size + row]

@@ -20,7 +20,6 @@ from experiments.config.identity import model_name
 from experiments.config.targets import make
 from experiments.data.data_module import TokenDataModule
 from experiments.data.prepare import prepare
-from experiments.data.token_data import TokenData
 from experiments.runs.run_dir import RunDir
 from experiments.system.signals import StopRequest
 from experiments.training.fit import build, quiet_lightning
@@ -69,7 +68,7 @@ class Loops:
         fixed = ["suite=bench", f"paths.runs='{folder}'", "n_validations=1", "trainer=cpu"]
         fixed += ["execution.micro_batch_size=${batch_size}"]  # no accumulation
         self.run = RunDir.freeze(compose("train", overrides=[*train, *fixed]), [])
-        self.data = TokenData.open(prepare(self.run.config.data))
+        self.data = prepare(self.run.config.data, self.run.config.paths.data)
         self.n_steps = n_steps
         self.stop = StopRequest()
         self.model: LanguageModel  # of the last call, trained

@@ -1,7 +1,5 @@
 """The data module that serves a run its batches, step by step, to each of its processes."""
 
-from __future__ import annotations
-
 import signal
 from typing import Any
 
@@ -16,9 +14,10 @@ from experiments.system.signals import CODES
 class TokenDataModule(lightning.pytorch.LightningDataModule):
     """Serves batches of batch_size sequences, micro-batch by micro-batch, from the global step on.
 
-    Needs `Trainer(use_distributed_sampler=False)`. `trainer` may be absent: one device, step 0.
-    Raises ValueError when ctx_len does not fit the data or the batch does not divide into micro-
-    batches (see `accumulate`).
+    Needs `Trainer(use_distributed_sampler=False)`. Without a trainer: one device, step 0.
+
+    Raises:
+        ValueError: if ctx_len does not fit the data, or the batch not the micro-batches.
     """
 
     def __init__(
@@ -38,7 +37,7 @@ class TokenDataModule(lightning.pytorch.LightningDataModule):
         self.accumulate(1)
 
     def accumulate(self, world_size: int) -> int:
-        """Micro-batches per device and optimizer step."""
+        """Micro-batches per device and optimizer step; ValueError if they do not fit the batch."""
         per_pass = self.micro_batch_size * world_size
         if self.batch_size < 1 or self.micro_batch_size < 1 or self.batch_size % per_pass:
             raise ValueError(
@@ -51,19 +50,20 @@ class TokenDataModule(lightning.pytorch.LightningDataModule):
         """Sample numbers of a step's batch; `train_windows[n]` shows each."""
         return range(step * self.batch_size, (step + 1) * self.batch_size)
 
-    def _place(self) -> tuple[int, int, int]:
+    def _position(self) -> tuple[int, int, int]:
+        """Rank, number of ranks, and step."""
         if self.trainer is None:
             return 0, 1, 0
         return self.trainer.global_rank, self.trainer.world_size, self.trainer.global_step
 
     def train_dataloader(self) -> DataLoader:
-        rank, world_size, step = self._place()
+        rank, world_size, step = self._position()
         self.accumulate(world_size)
         order = MicroBatches(self.batch_size, self.micro_batch_size, rank, world_size, step)
         return self._loader(self.train_windows, order)
 
     def val_dataloader(self) -> DataLoader:
-        rank, world_size, _ = self._place()
+        rank, world_size, _ = self._position()
         n, size = len(self.val_windows), self.micro_batch_size
         # whole batches are shared, so that sums are the same on any number of devices
         batches = [list(range(i, min(i + size, n))) for i in range(0, n, size)]
@@ -82,6 +82,6 @@ class TokenDataModule(lightning.pytorch.LightningDataModule):
 
 
 def leave_signals_to_the_run(worker: int) -> None:
-    """In a worker: ignore what asks the run to stop, if all of its processes are told."""
+    """In a worker: ignore what asks the run to stop, which tells all of its processes."""
     for number in CODES:
         signal.signal(number, signal.SIG_IGN)

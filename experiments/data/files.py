@@ -1,6 +1,4 @@
-"""Finding data files and telling whether they are the same as before, wherever they lie."""
-
-from __future__ import annotations
+"""Data files: which ones a source means, and what identifies their content wherever they are."""
 
 import glob
 import hashlib
@@ -8,22 +6,26 @@ from pathlib import Path
 
 from experiments.system.files import sha256
 
-WHOLE_UP_TO = 256 << 20  # bytes; larger files are known by samples
+WHOLE_UP_TO = 256 << 20  # bytes; larger files are identified by samples
 
 
 def find_files(paths: str | list[str]) -> list[Path]:
-    """Files named by paths, folders (all below but hidden names) and globs, each once, sorted.
+    """Find the files that paths, folders (all below, hidden names excluded) and globs name.
 
-    Empty files are passed over. Raises FileNotFoundError for a path that names nothing and
-    ValueError for one that names nothing but empty files.
+    Returns:
+        Each file once, sorted within a path; empty files are left out.
+
+    Raises:
+        FileNotFoundError: if a path names nothing.
+        ValueError: if a path names nothing but empty files.
     """
-    files: dict[Path, Path] = {}  # by the place they really lie at
+    files: dict[Path, Path] = {}  # by real path, so that links do not repeat a file
     for pattern in [paths] if isinstance(paths, str) else paths:
         path = Path(pattern).expanduser()
         matches = (
-            [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+            [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True)))
         )
-        found = [file for match in matches for file in _below(match)]
+        found = [file for match in matches for file in _files_below(match)]
         if not found:
             raise FileNotFoundError(f"no data file at {path}")
         filled = [file for file in found if file.stat().st_size]
@@ -34,19 +36,23 @@ def find_files(paths: str | list[str]) -> list[Path]:
     return list(files.values())
 
 
-def find_both(
+def find_splits(
     paths: str | list[str], val_paths: str | list[str] | None
 ) -> tuple[list[Path], list[Path]]:
-    """Training files and held-out files (none without val_paths); ValueError for one in both."""
+    """Find the training files and the held-out files (none without val_paths).
+
+    Raises:
+        FileNotFoundError, ValueError: as `find_files`, or if a file is on both sides.
+    """
     train, val = find_files(paths), find_files(val_paths or [])
-    places = {file.resolve() for file in train}
+    real = {file.resolve() for file in train}
     for file in val:
-        if file.resolve() in places:
+        if file.resolve() in real:
             raise ValueError(f"{file} is both training and held-out text: name it on one side only")
     return train, val
 
 
-def _below(path: Path) -> list[Path]:
+def _files_below(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     inside = ((p, p.relative_to(path).parts) for p in sorted(path.rglob("*")))
@@ -54,10 +60,10 @@ def _below(path: Path) -> list[Path]:
 
 
 def content_id(path: Path) -> str:
-    """Identifies a file wherever it lies: SHA-256; above 256 MiB size, time of change and samples.
+    """Identify a file by SHA-256; above 256 MiB by size, time of change and samples.
 
-    The time is there because samples alone would miss an edit that keeps the size; so a copy of
-    such a file counts as another one unless its time was kept.
+    The time is included because samples alone would miss an edit that keeps the size. A copy of
+    such a file therefore counts as another one unless its time was kept.
     """
     stat = path.stat()
     if stat.st_size <= WHOLE_UP_TO:
@@ -66,7 +72,7 @@ def content_id(path: Path) -> str:
 
 
 def sampled_sha256(path: Path, start: int, size: int, n_blocks: int = 64) -> str:
-    """SHA-256 of n_blocks evenly spaced blocks of 64 KiB of bytes [start, start + size) of a file.
+    """SHA-256 of evenly spaced blocks of 64 KiB of bytes [start, start + size) of a file.
 
     The blocks cover all of a span of up to n_blocks x 64 KiB.
     """

@@ -1,47 +1,46 @@
 """Sources of text whose documents are records: lines of JSON, rows of a Hugging Face dataset.
 
 Where no held-out part is named, a share of the documents is held out by a hash of their text, so
-that copies of one document never lie on both sides.
+that copies of one document are never on both sides.
 """
 
-from __future__ import annotations
-
 import gzip
-import hashlib
 import json
+import os
 import zlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from experiments.data.files import content_id, find_both, find_files
-from experiments.data.sources import PIECE_CHARS, Piece, cut, cut_stream
+from experiments.data.files import content_id, find_files, find_splits
+from experiments.data.sources import (
+    PIECE_CHARS,
+    Piece,
+    TextSource,
+    check_fraction,
+    cut,
+    cut_stream,
+    rank,
+)
 
 
-class _Records(ABC):
+class _Records(TextSource):
     """Splits documents by hash unless `val_given`."""
 
     def __init__(self, val_given: bool, val_fraction: float) -> None:
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 1")
+        check_fraction(val_fraction)
         self.val_given, self.val_fraction = val_given, val_fraction
 
     @abstractmethod
     def documents(self, split: str) -> Iterator[str]:
-        """The documents of a split; of everything when no held-out part is given."""
-
-    def size_hint(self) -> int | None:
-        return None
+        """The documents of a split; all of them when no held-out part is given."""
 
     def pieces(self, split: str) -> Iterator[Piece]:
         for text in self.documents(split):
-            if self.val_given or self._held_out(text) == (split == "val"):
+            is_held_out = rank(text) < self.val_fraction * 2**64
+            if self.val_given or is_held_out == (split == "val"):
                 yield from cut(text)
-
-    def _held_out(self, text: str) -> bool:
-        digest = hashlib.sha256(text.encode(errors="replace")).digest()
-        return int.from_bytes(digest[:8], "big") < self.val_fraction * 2**64
 
 
 class Jsonl(_Records):
@@ -55,7 +54,7 @@ class Jsonl(_Records):
         val_fraction: float = 0.01,
     ) -> None:
         super().__init__(bool(val_paths), val_fraction)
-        train, val = find_both(paths, val_paths)
+        train, val = find_splits(paths, val_paths)
         self.files = {"train": train, "val": val or train}
         self.field = field
 
@@ -72,20 +71,19 @@ class Jsonl(_Records):
 
     def documents(self, split: str) -> Iterator[str]:
         for path in self.files[split]:
-            with _open(path) as file:
-                for number, line in enumerate(_lines(file, path), 1):
-                    if line.strip():
-                        yield self._text(line, f"{path}:{number}")
+            for number, line in enumerate(_lines(path), 1):
+                if line.strip():
+                    yield self._text(line, f"{path}:{number}")
 
-    def _text(self, line: bytes, place: str) -> str:
+    def _text(self, line: bytes, where: str) -> str:
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{place}: not JSON ({error})") from None
+        except ValueError as error:  # UnicodeDecodeError too
+            raise ValueError(f"{where}: not JSON ({error})") from None
         text = record.get(self.field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise ValueError(
-                f"{place}: no text under {self.field!r} (data.source.field names the key)"
+                f"{where}: no text under {self.field!r} (data.source.field names the key)"
             )
         return text
 
@@ -116,12 +114,12 @@ class HuggingFace(_Records):
                 f"split {split!r} of {path} is both training and held-out text: name another"
                 " val_split, or none"
             )
-        self.path, self.name, self.revision = path, name, revision
+        self.path, self.name, self.revision = os.path.expanduser(path), name, revision
         self.splits = {"train": split, "val": val_split or split}
         self.column, self.one_document = column, one_document
 
     def identity(self) -> dict[str, Any]:
-        local = Path(self.path).expanduser().exists()
+        local = Path(self.path).exists()
         data = [content_id(p) for p in find_files(self.path)] if local else self.path
         return {"kind": "hf", "data": data, **{k: v for k, v in vars(self).items() if k != "path"}}
 
@@ -131,37 +129,32 @@ class HuggingFace(_Records):
         return super().pieces(split)
 
     def documents(self, split: str) -> Iterator[str]:
-        for row in self._load(self.splits[split]):
+        for row in self._rows(self.splits[split]):
             text = row.get(self.column)
             if not isinstance(text, str):
-                columns = ", ".join(row)
                 raise ValueError(
-                    f"{self.path}: no text in column {self.column!r} (it has: {columns})"
+                    f"{self.path}: no text in column {self.column!r} (it has: {', '.join(row)})"
                 )
             yield text
 
-    def _load(self, split: str) -> Iterator[dict[str, Any]]:
+    def _rows(self, split: str) -> Iterator[dict[str, Any]]:
         import datasets  # slow to import, and only this source needs it
 
-        path = str(Path(self.path).expanduser()) if self.path.startswith("~") else self.path
         try:
             yield from datasets.load_dataset(
-                path, self.name, split=split, revision=self.revision, streaming=True
+                self.path, self.name, split=split, revision=self.revision, streaming=True
             )
         except Exception as error:  # what networks and file formats raise has no common base
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"cannot read dataset {self.path!r}, split {split!r}: {reason}"
             ) from error
 
 
-def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
-
-
-def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
+def _lines(path: Path) -> Iterator[bytes]:
     try:
-        yield from file
+        with cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+            yield from file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 

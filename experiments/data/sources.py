@@ -1,40 +1,50 @@
-"""Sources of text: each streams its training and its held-out documents, piece by piece.
-
-A source has `identity()`, JSON that changes when its documents may change (the name of the prepared
-folder hangs on it, file paths do not enter), `size_hint()`, bytes of training text where that is
-known, and `pieces(split)`, which yields (text, ends_document) for split "train" or "val". A
-document longer than PIECE_CHARS comes in several pieces, cut after a newline where there is one, so
-that memory stays small and a byte-level tokenizer loses nothing.
-"""
-
-from __future__ import annotations
+"""Sources of text: each streams its training and its held-out documents, piece by piece."""
 
 import codecs
 import hashlib
 import os
 import sysconfig
 import tokenize
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from experiments.data.files import content_id, find_both
+from experiments.data.files import content_id, find_splits
 
 PIECE_CHARS = 1 << 16  # small, so that one long document can keep many cores busy
-Piece = tuple[str, bool]
-Span = tuple[Path, int, int]  # bytes [start, end) of a file
 
 
-@runtime_checkable
-class TextSource(Protocol):
-    """What `prepare` asks of a source of text."""
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a document.
 
-    def identity(self) -> dict[str, Any]: ...
-    def size_hint(self) -> int | None: ...
-    def pieces(self, split: str) -> Iterator[Piece]: ...
+    Documents longer than PIECE_CHARS come in several pieces, cut after a newline where there is
+    one, so that memory stays small and a byte-level tokenizer loses nothing.
+    """
+
+    text: str
+    ends_document: bool
 
 
-class Stdlib:
+class TextSource(ABC):
+    """What `prepare` needs of a source of text."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """JSON that changes when the documents may change; paths of files are not part of it."""
+
+    @abstractmethod
+    def pieces(self, split: str) -> Iterator[Piece]:
+        """The documents of split "train" or "val"."""
+
+    def size_hint(self) -> int | None:
+        """Bytes of training text, if known."""
+        return None
+
+
+class Stdlib(TextSource):
     """The .py files of the running interpreter's standard library, a document each, by name.
 
     Left out: installed packages, test suites (half of the bytes, mostly data tables) and the
@@ -55,35 +65,42 @@ class Stdlib:
                 if name.endswith(".py") and not name.startswith("_sysconfigdata"):
                     path = Path(folder, name)
                     self.files[path.relative_to(root).as_posix()] = path
-        if not self.files:
-            raise FileNotFoundError(f"no standard library sources in {root}: choose other data")
+        small = (name for name, path in self.files.items() if path.stat().st_size <= 32768)
+        # in the order of their hash, so that a cut at val_tokens takes from all over
+        self.held_out = sorted((name for name in small if rank(name) % 20 == 0), key=rank)
 
     def identity(self) -> dict[str, Any]:
         files = {name: content_id(path) for name, path in self.files.items()}
-        return {"kind": "stdlib", "files": files, "held_out": self._held_out()}
+        return {"kind": "stdlib", "files": files, "held_out": self.held_out}
 
     def size_hint(self) -> int:
         return sum(path.stat().st_size for path in self.files.values())
 
     def pieces(self, split: str) -> Iterator[Piece]:
-        held_out = self._held_out()
-        for name in held_out if split == "val" else sorted(self.files.keys() - set(held_out)):
+        train = sorted(self.files.keys() - set(self.held_out))
+        for name in self.held_out if split == "val" else train:
             with tokenize.open(self.files[name]) as file:  # honours the coding line
                 yield from cut(file.read())
 
-    def _held_out(self) -> list[str]:
-        """Names in the order of their hash, so that a cut at val_tokens takes from all over."""
-        names = [n for n, path in self.files.items() if _rank(n) % 20 == 0 and _is_small(path)]
-        return sorted(names, key=_rank)
+
+@dataclass(frozen=True)
+class ByteSpan:
+    """Bytes [start, end) of a file."""
+
+    path: Path
+    start: int
+    end: int
 
 
-class TextFiles:
+class TextFiles(TextSource):
     """UTF-8 text: files, folders (all below) or globs, one document a file, by name.
 
-    Held out, by what is given: `val_paths`; the second of `split_bytes` = [train, val] when the
-    paths are one file (a cut inside a character moves to its start); else of several files the
-    share `val_fraction` by a hash of their content (copies stay together), and of one file its last
-    part.
+    Held out are, by what is given: `val_paths`; the second of `split_bytes` = [train, val] of a
+    single file (a cut inside a character moves to its start); else the share `val_fraction`, of
+    several files by a hash of their content (copies stay together), of one file its last part.
+
+    Raises:
+        FileNotFoundError, ValueError: if there are no such files, or they cannot be split so.
     """
 
     def __init__(
@@ -93,58 +110,54 @@ class TextFiles:
         split_bytes: list[int] | None = None,
         val_fraction: float = 0.02,
     ) -> None:
-        train, val = find_both(paths, val_paths)
+        check_fraction(val_fraction)
+        train, val = find_splits(paths, val_paths)
         self.ids = {path: content_id(path) for path in (*train, *val)}
-        self.spans = {"train": _whole(train), "val": _whole(val)}
-        if split_bytes and (val_paths or len(self.spans["train"]) != 1):
+        if split_bytes and (val or len(train) > 1):
             raise ValueError("split_bytes cuts a single file: give one path and no val_paths")
-        if val_paths:
-            return
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 1")
-        if len(self.spans["train"]) > 1:
-            self._split_by_file(val_fraction)
+        if val:
+            self.spans = {"train": _whole(train), "val": _whole(val)}
+        elif len(train) > 1:
+            self.spans = self._split_by_file(train, val_fraction)
         else:
-            self._split_by_byte(split_bytes, val_fraction)
+            self.spans = _split_by_byte(train[0], split_bytes, val_fraction)
 
-    def _split_by_file(self, val_fraction: float) -> None:
-        ranked = sorted(set(self.ids.values()), key=_rank)
+    def _split_by_file(self, files: list[Path], val_fraction: float) -> dict[str, list[ByteSpan]]:
+        ranked = sorted(set(self.ids.values()), key=rank)
         held_out = set(ranked[: max(1, round(val_fraction * len(ranked)))])
-        sides: dict[str, list[Span]] = {"train": [], "val": []}
-        for span in self.spans["train"]:
-            sides["val" if self.ids[span[0]] in held_out else "train"].append(span)
-        self.spans = sides
-
-    def _split_by_byte(self, split_bytes: list[int] | None, val_fraction: float) -> None:
-        path, _, size = self.spans["train"][0]
-        if split_bytes and not (len(split_bytes) == 2 and all(map(_is_count, split_bytes))):
-            raise ValueError(f"split_bytes={split_bytes} must be two positive numbers of bytes")
-        n_train, n_val = split_bytes or (
-            size - round(val_fraction * size),
-            round(val_fraction * size),
-        )
-        if n_train + n_val > size:
-            raise ValueError(f"{path} has {size} bytes, fewer than split_bytes={n_train},{n_val}")
-        middle, end = _character_start(path, n_train), _character_start(path, n_train + n_val)
-        self.spans = {"train": [(path, 0, middle)], "val": [(path, middle, end)]}
+        return {
+            "train": _whole([file for file in files if self.ids[file] not in held_out]),
+            "val": _whole([file for file in files if self.ids[file] in held_out]),
+        }
 
     def identity(self) -> dict[str, Any]:
         spans = {
-            split: [[self.ids[path], start, end] for path, start, end in spans]
+            split: [[self.ids[span.path], span.start, span.end] for span in spans]
             for split, spans in self.spans.items()
         }
         return {"kind": "text", **spans}
 
     def size_hint(self) -> int:
-        return sum(end - start for _, start, end in self.spans["train"])
+        return sum(span.end - span.start for span in self.spans["train"])
 
     def pieces(self, split: str) -> Iterator[Piece]:
-        for path, start, end in self.spans[split]:
-            yield from cut_stream(_decoded(path, start, end))
+        for span in self.spans[split]:
+            yield from cut_stream(_decoded(span))
+
+
+def check_fraction(val_fraction: float) -> None:
+    """Raise ValueError unless a share of the documents can be held out."""
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 1")
+
+
+def rank(text: str) -> int:
+    """A hash that orders texts at random, uniform in [0, 2^64)."""
+    return int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8], "big")
 
 
 def cut(text: str) -> Iterator[Piece]:
-    """A document as pieces of at most PIECE_CHARS."""
+    """A document as pieces of about PIECE_CHARS."""
     return cut_stream(text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
 
 
@@ -154,27 +167,30 @@ def cut_stream(chunks: Iterable[str]) -> Iterator[Piece]:
     for chunk in chunks:
         if waiting:
             at = waiting.rfind("\n") + 1 or len(waiting)
-            yield waiting[:at], False
+            yield Piece(waiting[:at], ends_document=False)
             waiting = waiting[at:]
         waiting += chunk
     if waiting:
-        yield waiting, True
+        yield Piece(waiting, ends_document=True)
 
 
-def _whole(files: list[Path]) -> list[Span]:
-    return [(path, 0, path.stat().st_size) for path in files]
+def _whole(files: list[Path]) -> list[ByteSpan]:
+    return [ByteSpan(path, 0, path.stat().st_size) for path in files]
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and value > 0
-
-
-def _is_small(path: Path) -> bool:
-    return path.stat().st_size <= 32768
-
-
-def _rank(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+def _split_by_byte(
+    path: Path, split_bytes: list[int] | None, val_fraction: float
+) -> dict[str, list[ByteSpan]]:
+    size = path.stat().st_size
+    middle, end = size - round(val_fraction * size), size
+    if split_bytes:
+        if len(split_bytes) != 2 or not all(isinstance(n, int) and n > 0 for n in split_bytes):
+            raise ValueError(f"split_bytes={split_bytes} must be two positive numbers of bytes")
+        middle, end = split_bytes[0], sum(split_bytes)
+        if end > size:
+            raise ValueError(f"{path} has {size} bytes, fewer than split_bytes={split_bytes}")
+    middle, end = _character_start(path, middle), _character_start(path, end)
+    return {"train": [ByteSpan(path, 0, middle)], "val": [ByteSpan(path, middle, end)]}
 
 
 def _character_start(path: Path, offset: int) -> int:
@@ -188,20 +204,18 @@ def _character_start(path: Path, offset: int) -> int:
     return offset
 
 
-def _decoded(path: Path, start: int, end: int) -> Iterator[str]:
-    """Bytes [start, end) of a file as text, in chunks; ValueError where they are not UTF-8."""
+def _decoded(span: ByteSpan) -> Iterator[str]:
+    """The text of a span, in chunks; ValueError where it is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with path.open("rb") as file:
-        file.seek(start)
-        while start < end:
-            data = file.read(min(PIECE_CHARS, end - start))
-            if not data:
-                raise ValueError(f"{path} shrank while it was read")
-            start += len(data)
+    at = span.start
+    with span.path.open("rb") as file:
+        file.seek(at)
+        while data := file.read(min(PIECE_CHARS, span.end - at)):
+            at += len(data)
             try:
-                yield decoder.decode(data, final=start >= end)
+                yield decoder.decode(data, final=at == span.end)
             except UnicodeDecodeError as error:
-                at = start - len(error.object) + error.start
+                wrong = at - len(error.object) + error.start
                 raise ValueError(
-                    f"{path} is not UTF-8 at byte {at}: convert it (iconv -f ... -t utf-8)"
+                    f"{span.path} is not UTF-8 at byte {wrong}: convert it (iconv -f ... -t utf-8)"
                 ) from None

@@ -6,12 +6,10 @@ orders the slots of each epoch. Seeking costs nothing, and workers, devices and 
 decide who loads which part of the same batch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,93 +18,40 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from experiments.data.files import WHOLE_UP_TO, sampled_sha256
+from experiments.data.token_files import TokenSpan
 from experiments.data.tokenizer import Tokenizer
 
 IGNORED = -100  # target of a position that is not scored
 
 
 class TokenData:
-    """A prepared folder: `meta`, `fingerprint`, `tokenizer`, and the id arrays `train`, `val`.
+    """A folder that `prepare` made.
 
-    Made by `open`.
+    Attributes:
+        path: the folder.
+        meta: the content of its meta.json.
+        fingerprint: hash of tokens and tokenizer, 64 hex digits.
+        vocab_size: ids of the tokenizer.
+        tokenizer: what made the tokens.
+        train: ids, mapped read-only.
+        val: ids held out.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._remedy = f"delete {self.path} and prepare again"
-        self.meta: dict[str, Any] = json.loads(self._read("meta.json"))
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.meta: dict[str, Any] = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         self.fingerprint: str = self.meta["fingerprint"]
         self.vocab_size: int = self.meta["vocab_size"]
-        try:
-            self.tokenizer = Tokenizer.from_json(self._read("tokenizer.json"))
-            sound = self.tokenizer.hash == self.meta["tokenizer_hash"]
-        except ValueError:
-            sound = False
-        if not sound:
-            raise ValueError(f"{self.path}/tokenizer.json was changed: {self._remedy}")
-        self.train = self._tokens("train")
-        self.val = self._tokens("val")
+        self.tokenizer = Tokenizer.from_json((path / "tokenizer.json").read_text(encoding="utf-8"))
+        self.train, self.val = self._tokens("train"), self._tokens("val")
 
-    @classmethod
-    def open(cls, path: str | Path) -> TokenData:
-        """Opens what `prepare` made.
-
-        Raises FileNotFoundError or ValueError in one line when files are missing, truncated or
-        changed. Tokens are read whole up to 256 MiB (0.2 s), else, or where they lie elsewhere, in
-        samples.
-        """
-        try:
-            data = cls(path)
-            data._check("train")
-            data._check("val")
-            return data
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}/meta.json is damaged ({error!r}): delete {path} and prepare again"
-            ) from None
-
-    def __reduce__(self) -> tuple[Callable[..., TokenData], tuple[Path]]:
-        return TokenData, (self.path,)  # a worker maps the files itself, checked before
-
-    def _read(self, name: str) -> str:
-        file = self.path / name
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"no prepared data at {self.path} ({name} is missing): {self._remedy}"
-            )
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"{file} is damaged: {self._remedy}") from None
+    def __reduce__(self) -> tuple[type["TokenData"], tuple[Path]]:
+        return TokenData, (self.path,)  # a worker maps the files itself
 
     def _tokens(self, split: str) -> np.ndarray:
-        part, dtype = self.meta[split], np.dtype(self.meta["dtype"])
+        part = self.meta[split]
         file = self.path / part["path"]  # an absolute path stands for itself
-        if not file.is_file():
-            raise FileNotFoundError(f"token file {file} is missing: {self._remedy}")
-        size, needed = (
-            file.stat().st_size,
-            part.get("file_bytes", part["n_tokens"] * dtype.itemsize),
-        )
-        if size != needed:
-            raise ValueError(
-                f"token file {file} has {size} bytes instead of {needed}: {self._remedy}"
-            )
-        offset = part["offset"] * dtype.itemsize
-        return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=(part["n_tokens"],))
-
-    def _check(self, split: str) -> None:
-        part, tokens = self.meta[split], getattr(self, split)
-        file = self.path / part["path"]
-        if "sha256" in part and tokens.nbytes <= WHOLE_UP_TO:
-            with file.open("rb") as content:  # read, not mapped: it should not count as memory
-                sound = hashlib.file_digest(content, "sha256").hexdigest() == part["sha256"]
-        else:
-            start = part["offset"] * tokens.itemsize
-            sound = sampled_sha256(file, start, tokens.nbytes) == part["sampled_sha256"]
-        if not sound:
-            raise ValueError(f"token file {file} was changed: {self._remedy}")
+        return TokenSpan(file, self.meta["dtype"], part["offset"], part["n_tokens"]).array()
 
 
 def permute(n_slots: int, seed: int, epoch: int, i: int) -> int:
@@ -196,9 +141,11 @@ class ValWindows(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 def _ids(data: TokenData, tokens: np.ndarray) -> torch.Tensor:
     ids = torch.from_numpy(tokens.astype(np.int64))
+    # `prepare` looks at samples of a long file that was made elsewhere
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < data.vocab_size:
         raise ValueError(
-            f"{data.path} holds ids outside its vocabulary of {data.vocab_size}: it is damaged"
+            f"{data.path} holds ids outside its vocabulary of {data.vocab_size}:"
+            " its source was made with another tokenizer"
         )
     return ids
 

@@ -4,72 +4,92 @@ The cores are kept busy by the tokenizers library, whose threads work outside Py
 are no worker processes to start, to feed, or to leave behind when a run is killed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import lzma
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from experiments.data.files import sampled_sha256
 from experiments.data.sources import Piece
 from experiments.data.tokenizer import Tokenizer
 
 BATCH_CHARS = 2 << 20
+AHEAD = 2  # batches that are tokenized while one is written
 XZ_BYTES = 16 << 20
 TOKEN_DTYPES = ("uint8", "uint16", "int32")
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    ids: np.ndarray
+    n_bytes: int  # of the text
+
+
 def token_dtype(vocab_size: int) -> str:
-    """The smallest of TOKEN_DTYPES that holds ids below vocab_size; ValueError when none does."""
+    """The smallest of TOKEN_DTYPES that holds ids below vocab_size; ValueError if none does."""
     for dtype in TOKEN_DTYPES:
         if vocab_size - 1 <= np.iinfo(dtype).max:
             return dtype
     raise ValueError(f"vocab_size={vocab_size} does not fit into {TOKEN_DTYPES[-1]}")
 
 
-def token_arrays(
-    pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: str, label: str, total: int | None
-) -> Generator[np.ndarray, None, None]:
-    """Token arrays in the order of the documents, eot after each; at most three batches wait.
+def write_tokens(
+    path: Path,
+    pieces: Iterable[Piece],
+    tokenizer: Tokenizer,
+    limit: int | None,
+    label: str,
+    n_bytes: int | None = None,
+) -> dict[str, Any]:
+    """Write the tokens of documents in order, end-of-text after each, under a progress bar.
 
-    Shows a bar named `label` (of `total` bytes, if known) when stderr is a terminal.
+    Args:
+        limit: how many tokens to write at most.
+        label: name of the bar.
+        n_bytes: of all pieces, if known.
+
+    Returns:
+        How `meta.json` refers to the file.
     """
+    digest, n_tokens = hashlib.sha256(), 0
+    bar = tqdm(desc=label, total=n_bytes, unit="B", unit_scale=True, disable=None, leave=False)
+    with path.open("wb") as file, bar:
+        for encoded in _encoded(pieces, tokenizer):
+            ids = encoded.ids[: None if limit is None else limit - n_tokens]
+            file.write(ids.data)
+            digest.update(ids.data)
+            n_tokens += len(ids)
+            bar.update(encoded.n_bytes)
+            if n_tokens == limit:
+                break
+    return {"path": path.name, "offset": 0, "n_tokens": n_tokens, "sha256": digest.hexdigest()}
 
-    def encode(batch: list[Piece]) -> np.ndarray:
-        eot = np.array([tokenizer.eot_id])
+
+def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[_Encoded]:
+    dtype, eot = token_dtype(tokenizer.vocab_size), np.array([tokenizer.eot_id])
+
+    def encode(batch: list[Piece]) -> _Encoded:
         parts: list[np.ndarray] = []
-        arrays = tokenizer.encode_arrays([text for text, _ in batch])
-        for (_, ends_document), ids in zip(batch, arrays, strict=True):
-            parts += [ids, eot] if ends_document else [ids]
-        return np.concatenate(parts).astype(dtype)
+        arrays = tokenizer.encode_arrays([piece.text for piece in batch])
+        for piece, ids in zip(batch, arrays, strict=True):
+            parts += [ids, eot] if piece.ends_document else [ids]
+        n_bytes = sum(len(piece.text.encode(errors="replace")) for piece in batch)
+        return _Encoded(np.concatenate(parts).astype(dtype), n_bytes)
 
-    waiting: deque[tuple[Future[np.ndarray], int]] = deque()
-    bar = tqdm(desc=label, total=total, unit="B", unit_scale=True, disable=None, leave=False)
-    pool = ThreadPoolExecutor(2)  # one turns ids into arrays while the other tokenizes
-    try:
+    waiting: deque[Future[_Encoded]] = deque()
+    with ThreadPoolExecutor(2) as pool:  # one turns ids into arrays while the other tokenizes
         for batch in _batches(pieces):
-            waiting.append((pool.submit(encode, batch), sum(_n_bytes(text) for text, _ in batch)))
-            if len(waiting) == 3:
-                future, n_bytes = waiting.popleft()
-                yield future.result()
-                bar.update(n_bytes)
-        for future, n_bytes in waiting:
-            yield future.result()
-            bar.update(n_bytes)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        bar.close()
-
-
-def _n_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode(errors="replace"))
+            waiting.append(pool.submit(encode, batch))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -77,7 +97,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     n_chars = 0
     for piece in pieces:
         batch.append(piece)
-        n_chars += len(piece[0])
+        n_chars += len(piece.text)
         if n_chars >= BATCH_CHARS:
             yield batch
             batch, n_chars = [], 0
@@ -85,31 +105,8 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def write_tokens(
-    path: Path, arrays: Generator[np.ndarray, None, None], limit: int | None
-) -> dict[str, Any]:
-    """Writes the first `limit` tokens (None: all); returns how `meta.json` refers to the file."""
-    digest, n_tokens = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for array in arrays:
-            ids = array if limit is None else array[: limit - n_tokens]
-            file.write(ids.data)
-            digest.update(ids.data)
-            n_tokens += len(ids)
-            if n_tokens == limit:
-                break
-    arrays.close()
-    return {
-        "path": path.name,
-        "offset": 0,
-        "n_tokens": n_tokens,
-        "sha256": digest.hexdigest(),
-        "sampled_sha256": sampled_sha256(path, 0, path.stat().st_size),
-    }
-
-
 def count_bytes(ids: np.ndarray, tokenizer: Tokenizer) -> int | None:
-    """UTF-8 bytes that ids decode to, separators excluded; None when the tokenizer cannot tell."""
+    """UTF-8 bytes that ids decode to, separators excluded; None if the tokenizer cannot tell."""
     sizes = tokenizer.token_bytes()
     if sizes is None:
         return None

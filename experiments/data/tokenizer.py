@@ -1,12 +1,9 @@
 """Tokenizers behind one interface: bytes, any `tokenizer.json`, BPE trained here, bare ids.
 
 `to_json` describes a tokenizer completely, so a copy of that text in a run directory is all that
-decoding or evaluation needs later. Marks of structure cannot be forged by a text: NUL characters
-(bytes) are dropped and special tokens (`tokenizer.json`) are read as the plain characters they are
-spelled with.
+decoding or evaluation needs later. A text cannot forge marks of structure: NUL characters (bytes)
+are dropped and special tokens (`tokenizer.json`) are read as the characters they are spelled with.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -14,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from tokenizers import Tokenizer as Engine
@@ -45,7 +42,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def pieces(self) -> list[bytes] | None:
-        """UTF-8 bytes of each id, vocab_size entries; None when ids have no bytes of their own."""
+        """UTF-8 bytes of each id, vocab_size entries; None if ids have no bytes of their own."""
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
@@ -83,28 +80,26 @@ class Tokenizer(ABC):
         return json.dumps(fields, ensure_ascii=False)
 
     @staticmethod
-    def from_json(text: str) -> Tokenizer:
-        """The tokenizer that `to_json` described; ValueError when the text describes none."""
-        kinds = {"bytes": BytesTokenizer, "json": JsonTokenizer, "ids": IdsTokenizer}
+    def from_json(text: str) -> "Tokenizer":
+        """The tokenizer that `to_json` described; ValueError if the text describes none."""
+        kinds = {kind.kind: kind for kind in (BytesTokenizer, JsonTokenizer, IdsTokenizer)}
         try:
             fields = json.loads(text)
             return kinds[fields.pop("kind")](**fields)
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"not a tokenizer description of this suite ({error!r}): prepare the data again"
-            ) from None
+            raise ValueError(f"not a tokenizer description of this suite ({error!r})") from None
 
 
 class BytesTokenizer(Tokenizer):
     """UTF-8 bytes as ids; 0 ends a document, so NUL characters in a text are dropped."""
 
     kind = "bytes"
+    eot_id = 0
 
     def __init__(self, vocab_size: int = 256) -> None:
         if vocab_size != 256:
             raise ValueError(f"the bytes tokenizer has 256 ids, not vocab_size={vocab_size}")
         self.vocab_size = vocab_size
-        self.eot_id = 0
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         raw = [_without_surrogates(text).encode().replace(b"\0", b"") for text in texts]
@@ -124,10 +119,15 @@ class BytesTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer of the `tokenizers` library, from the content of its `tokenizer.json`.
+    """A tokenizer of the `tokenizers` library.
 
-    vocab_size may exceed the ids in use (models pad their embedding); None takes what the tokenizer
-    has. Raises ValueError when it is smaller, or when `eot` is not one of the tokens.
+    Args:
+        tokenizer: the content of its `tokenizer.json`.
+        eot: its end-of-text token.
+        vocab_size: may exceed the ids in use (models pad their embedding); None: the ids in use.
+
+    Raises:
+        ValueError: if the library does not accept it, or eot or vocab_size does not fit it.
     """
 
     kind = "json"
@@ -142,8 +142,7 @@ class JsonTokenizer(Tokenizer):
         self._engine.no_padding()
         self._engine.no_truncation()
         self._engine.encode_special_tokens = True  # "<|endoftext|>" in a text is text
-        self._tokenizer = tokenizer
-        self._eot = eot
+        self._tokenizer, self._eot = tokenizer, eot
         eot_id = self._engine.token_to_id(eot)
         if eot_id is None:
             raise ValueError(
@@ -151,11 +150,11 @@ class JsonTokenizer(Tokenizer):
             )
         self.eot_id = eot_id
         n_ids = max(self._engine.get_vocab(with_added_tokens=True).values()) + 1
-        if vocab_size is not None and vocab_size < n_ids:
+        self.vocab_size = vocab_size or n_ids
+        if self.vocab_size < n_ids:
             raise ValueError(
                 f"vocab_size={vocab_size} is below the {n_ids} ids of the tokenizer: raise it"
             )
-        self.vocab_size = vocab_size or n_ids
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         clean = [_without_surrogates(text) for text in texts]
@@ -170,14 +169,21 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def _pieces(self) -> list[bytes] | None:
-        if not _is_byte_level(self._tokenizer.get("decoder")):
+        decoder = self._tokenizer.get("decoder") or {"type": None}
+        parts = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+        if [part["type"] for part in parts] != ["ByteLevel"]:
             return None
         special = {i for i, t in self._engine.get_added_tokens_decoder().items() if t.special}
         special.add(self.eot_id)
         pieces = [b""] * self.vocab_size
+        alphabet = _byte_level_alphabet()
         for token, i in self._engine.get_vocab(with_added_tokens=True).items():
-            if i not in special:
-                pieces[i] = _byte_level_bytes(token)
+            if i in special:
+                continue
+            if all(char in alphabet for char in token):
+                pieces[i] = bytes(alphabet[char] for char in token)
+            else:  # the decoder takes a token with any other character (an added token) as text
+                pieces[i] = token.encode()
         return pieces
 
     def description(self) -> dict[str, Any]:
@@ -190,18 +196,15 @@ class IdsTokenizer(Tokenizer):
     kind = "ids"
 
     def __init__(self, vocab_size: int, eot_id: int = 0) -> None:
-        self.vocab_size = vocab_size
-        self.eot_id = eot_id
+        self.vocab_size, self.eot_id = vocab_size, eot_id
 
-    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_arrays(self, texts: Sequence[str]) -> NoReturn:
         raise ValueError(
             "this data came as ids: give its tokenizer.json (tokenizer=file) to use text"
         )
 
-    def decode(self, ids: Iterable[int]) -> str:
-        raise ValueError(
-            "this data came as ids: give its tokenizer.json (tokenizer=file) to use text"
-        )
+    def decode(self, ids: Iterable[int]) -> NoReturn:
+        self.encode_arrays([])
 
     def pieces(self) -> None:
         return None
@@ -213,7 +216,7 @@ class IdsTokenizer(Tokenizer):
 def read_tokenizer(
     path: str, eot: str = END_OF_TEXT, vocab_size: int | None = None
 ) -> JsonTokenizer:
-    """The tokenizer in a `tokenizer.json` file; FileNotFoundError or ValueError in one line."""
+    """The tokenizer in a `tokenizer.json` file; arguments and errors as of `JsonTokenizer`."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"no tokenizer file {file}: give the path of a tokenizer.json")
@@ -226,8 +229,8 @@ def read_tokenizer(
 def train_bpe(texts: Iterator[str], vocab_size: int, max_chars: int) -> JsonTokenizer:
     """Byte-level BPE of vocab_size ids (0 = end-of-text) from the first max_chars of texts.
 
-    Raises ValueError when vocab_size cannot hold the 256 bytes or the texts are too few to reach
-    it.
+    Raises:
+        ValueError: if vocab_size cannot hold the 256 bytes, or the texts are too few to reach it.
     """
     if vocab_size < 257:
         raise ValueError(
@@ -274,26 +277,8 @@ def _without_surrogates(text: str) -> str:
     return text
 
 
-def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
-    if decoder is None:
-        return False
-    if decoder["type"] == "Sequence":
-        return [d["type"] for d in decoder["decoders"]] == ["ByteLevel"]
-    return decoder["type"] == "ByteLevel"
-
-
 def _byte_level_alphabet() -> dict[str, int]:
     """Printable Latin-1 stands for itself; characters from U+0100 on for the other bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-_ALPHABET = _byte_level_alphabet()
-
-
-def _byte_level_bytes(token: str) -> bytes:
-    # the decoder takes a token with any foreign character (an added token) as plain text
-    if all(c in _ALPHABET for c in token):
-        return bytes(_ALPHABET[c] for c in token)
-    return token.encode()

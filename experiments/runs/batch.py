@@ -40,7 +40,7 @@ def data_of(run: RunDir) -> TokenData:
     """
     if "data" not in run.config:
         raise ValueError(f"{run.path} was not trained here: it names no data")
-    return held_out(run) if run.manifest else TokenData.open(prepare(run.config.data))
+    return held_out(run) if run.manifest else prepare(run.config.data, run.config.paths.data)
 
 
 def batch(cfg: DictConfig, data: TokenData, step: int) -> Iterator[Sequence]:

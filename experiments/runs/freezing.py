@@ -28,9 +28,8 @@ def complete(config: DictConfig) -> dict[str, Any]:
     """
     if config.data.vocab_size is None:  # the tokenizer file knows it
         from experiments.data.prepare import prepare
-        from experiments.data.token_data import TokenData
 
-        config.data.vocab_size = TokenData.open(prepare(config.data)).vocab_size
+        config.data.vocab_size = prepare(config.data, config.paths.data).vocab_size
     if "from" in config.optim and config.optim.peak_lr is None:
         suite = Path(config.paths.runs) / config.optim["from"]
         config.optim.peak_lr = searched_rate(suite, model_name(config))

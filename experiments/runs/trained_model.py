@@ -102,13 +102,12 @@ def held_out(run: RunDir) -> "TokenData":
         FileNotFoundError, ValueError: if its source is gone, or no longer gives the same tokens.
     """
     from experiments.data.prepare import prepare
-    from experiments.data.token_data import TokenData
 
     trained_on = run.manifest.get("data", {}).get("fingerprint")
     if trained_on is None:
         raise ValueError("the run names no data it was trained on, so there is no held-out text")
     config = open_external(run.path).config
-    data = TokenData.open(prepare(config.data))
+    data = prepare(config.data, config.paths.data)
     if data.fingerprint != trained_on:
         raise ValueError(
             f"the source of data={config.data.name} is no longer what it was trained on: "

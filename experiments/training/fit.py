@@ -54,7 +54,7 @@ def train(run: RunDir, stop: StopRequest) -> None:
     check_config(cfg)
     if cfg.execution.n_threads:
         torch.set_num_threads(cfg.execution.n_threads)
-    data = TokenData.open(prepare(cfg.data))
+    data = prepare(cfg.data, cfg.paths.data)
     n_steps = step_count(cfg)
     L.seed_everything(cfg.seed, verbose=False)
     model = make(cfg.model.net, LanguageModel)
