@@ -17,8 +17,8 @@ from omegaconf import DictConfig
 from experiments.benchmarks.measure import Report, Row, check_counts, interleaved
 from experiments.config.identity import model_name
 from experiments.config.targets import make
+from experiments.data.order import TrainWindows
 from experiments.data.prepare import prepare
-from experiments.data.token_data import TrainWindows
 from experiments.runs.checkpoints.files import (
     BEST,
     LAST,

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 LAUNCH_KEYS = ("jobs", "fail_fast", "dry_run")
 EXECUTION = ("execution", "paths")
@@ -66,9 +67,12 @@ def plain(config: DictConfig) -> dict[str, Any]:
     """A config as plain Python values, resolved.
 
     Raises:
-        MissingMandatoryValue: if one that the user must give is still ``???``.
+        ValueError: if one that the user must give is still ``???``.
     """
-    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    try:
+        container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key} must be given: {error.full_key}=...") from None
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 

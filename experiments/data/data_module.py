@@ -7,7 +7,8 @@ import lightning
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from experiments.data.token_data import MicroBatches, TokenData, TrainWindows, ValWindows
+from experiments.data.order import MicroBatches, TrainWindows, ValWindows
+from experiments.data.token_data import TokenData
 from experiments.system.signals import CODES
 
 
@@ -39,16 +40,12 @@ class TokenDataModule(lightning.pytorch.LightningDataModule):
     def accumulate(self, world_size: int) -> int:
         """Micro-batches per device and optimizer step; ValueError if they do not fit the batch."""
         per_pass = self.micro_batch_size * world_size
-        if self.batch_size < 1 or self.micro_batch_size < 1 or self.batch_size % per_pass:
+        if self.batch_size % per_pass:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of"
                 f" micro_batch_size={self.micro_batch_size} x {world_size} devices: change either"
             )
         return self.batch_size // per_pass
-
-    def batch_samples(self, step: int) -> range:
-        """Sample numbers of a step's batch; `train_windows[n]` shows each."""
-        return range(step * self.batch_size, (step + 1) * self.batch_size)
 
     def _position(self) -> tuple[int, int, int]:
         """Rank, number of ranks, and step."""

@@ -16,21 +16,16 @@ def find_files(paths: str | list[str]) -> list[Path]:
         Each file once, sorted within a path; empty files are left out.
 
     Raises:
-        FileNotFoundError: if a path names nothing.
-        ValueError: if a path names nothing but empty files.
+        FileNotFoundError: if a path names nothing, or nothing but empty files.
     """
     files: dict[Path, Path] = {}  # by real path, so that links do not repeat a file
     for pattern in [paths] if isinstance(paths, str) else paths:
         path = Path(pattern).expanduser()
-        matches = (
-            [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True)))
-        )
-        found = [file for match in matches for file in _files_below(match)]
-        if not found:
-            raise FileNotFoundError(f"no data file at {path}")
+        names = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))
+        found = [file for name in names for file in _files_below(Path(name))]
         filled = [file for file in found if file.stat().st_size]
         if not filled:
-            raise ValueError(f"{path} is empty: give files with content")
+            raise FileNotFoundError(f"no data at {path}: no file, or nothing in it")
         for file in filled:
             files.setdefault(file.resolve(), file)
     return list(files.values())

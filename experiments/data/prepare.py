@@ -14,17 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
 from experiments.config.checks import Number, Optional, check_values
 from experiments.config.identity import folder_name, plain
 from experiments.config.targets import make
-from experiments.data.files import sampled_sha256
 from experiments.data.sources import TextSource
 from experiments.data.token_data import TokenData
-from experiments.data.token_files import TokenSource, TokenSpan, check_ids
+from experiments.data.token_files import TokenSource, TokenSpan, checked_ids
 from experiments.data.token_stream import count_bytes, token_dtype, write_tokens, xz_bits_per_byte
 from experiments.data.tokenizer import Tokenizer
 from experiments.system.files import remove, replacing, sha256
@@ -152,19 +150,6 @@ def _refer_to_tokens(
     source: TokenSource, tokenizer: Tokenizer, val_tokens: int | None
 ) -> dict[str, Any]:
     source.check()
-    dtype, parts = source.train.dtype, dict[str, Any]()
-    if tokenizer.vocab_size - 1 > np.iinfo(dtype).max:
-        raise ValueError(
-            f"vocab_size={tokenizer.vocab_size} is larger than the {dtype} tokens of"
-            f" {source.train.path} can say: wrong tokenizer or wrong file"
-        )
-    for split, span in source.spans(val_tokens).items():
-        check_ids(span, tokenizer.vocab_size)
-        width = np.dtype(dtype).itemsize
-        parts[split] = {
-            "path": str(span.path),
-            "offset": span.offset,
-            "n_tokens": span.n_tokens,
-            "sha256": sampled_sha256(span.path, span.offset * width, span.n_tokens * width),
-        }
-    return {"dtype": dtype, **parts}
+    spans = source.spans(val_tokens)
+    checked_ids(spans["val"].array(), tokenizer.vocab_size, spans["val"].path)
+    return {"dtype": source.train.dtype} | {split: span.meta() for split, span in spans.items()}

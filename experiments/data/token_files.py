@@ -1,7 +1,7 @@
 """Files of tokens, and sources that are tokens already: Megatron / GPT-NeoX and nanoGPT.
 
 The files of such a source are used where they are, never copied (the tokenised Pile has 664 GB).
-What a run relies on is checked once: headers, sizes, and samples of the ids.
+Headers, sizes and the held-out ids are checked once; other ids when they are read.
 """
 
 import struct
@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.data.files import content_id
+from experiments.data.files import content_id, sampled_sha256
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document index entries
-CHECKED_BLOCK = 1 << 20  # tokens
 DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 
 
@@ -32,6 +31,13 @@ class TokenSpan:
         """The tokens, mapped read-only."""
         start = self.offset * np.dtype(self.dtype).itemsize
         return np.memmap(self.path, self.dtype, mode="r", offset=start, shape=(self.n_tokens,))
+
+    def meta(self) -> dict[str, Any]:
+        """How `meta.json` refers to the span, with a hash of samples."""
+        width = np.dtype(self.dtype).itemsize
+        digest = sampled_sha256(self.path, self.offset * width, self.n_tokens * width)
+        place = {"path": str(self.path), "offset": self.offset, "n_tokens": self.n_tokens}
+        return place | {"sha256": digest}
 
 
 class TokenSource:
@@ -150,19 +156,15 @@ class Index:
             )
 
 
-def check_ids(span: TokenSpan, vocab_size: int) -> None:
-    """Raise ValueError if ids of a span (samples of a long one) exceed the vocabulary."""
-    tokens, block = span.array(), CHECKED_BLOCK
-    n_blocks = min(64, -(-len(tokens) // block))
-    for i in range(n_blocks):
-        start = max(0, len(tokens) - block) * i // max(1, n_blocks - 1)
-        part = tokens[start : start + block]
-        low, high = int(part.min()), int(part.max())
-        if low < 0 or high >= vocab_size:
-            raise ValueError(
-                f"{span.path} holds id {low if low < 0 else high}, outside"
-                f" vocab_size={vocab_size}: it was made with another tokenizer"
-            )
+def checked_ids(tokens: np.ndarray, vocab_size: int, origin: Path) -> np.ndarray:
+    """Tokens as int64; ValueError if they were made with another tokenizer."""
+    ids = tokens.astype(np.int64)
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ValueError(
+            f"{origin} holds ids from {ids.min()} to {ids.max()}, outside vocab_size={vocab_size}:"
+            " it was made with another tokenizer"
+        )
+    return ids
 
 
 def _existing(path: str) -> Path:

@@ -22,7 +22,6 @@ from experiments.data.tokenizer import Tokenizer
 BATCH_CHARS = 2 << 20
 AHEAD = 2  # batches that are tokenized while one is written
 XZ_BYTES = 16 << 20
-TOKEN_DTYPES = ("uint8", "uint16", "int32")
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,8 @@ class _Encoded:
 
 
 def token_dtype(vocab_size: int) -> str:
-    """The smallest of TOKEN_DTYPES that holds ids below vocab_size; ValueError if none does."""
-    for dtype in TOKEN_DTYPES:
-        if vocab_size - 1 <= np.iinfo(dtype).max:
-            return dtype
-    raise ValueError(f"vocab_size={vocab_size} does not fit into {TOKEN_DTYPES[-1]}")
+    """The smallest type that holds ids below vocab_size."""
+    return next(t for t in ("uint8", "uint16", "int32") if vocab_size - 1 <= np.iinfo(t).max)
 
 
 def write_tokens(

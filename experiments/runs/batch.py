@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from omegaconf import DictConfig
 
+from experiments.data.order import TrainWindows
 from experiments.data.prepare import prepare
-from experiments.data.token_data import TokenData, TrainWindows
+from experiments.data.token_data import TokenData
 from experiments.data.tokenizer import Tokenizer
 from experiments.runs.run_dir import RunDir
 from experiments.runs.trained_model import held_out

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from experiments.data.token_data import MicroBatches
+from experiments.data.order import MicroBatches
 from experiments.training import fit
 from experiments.training.module import LitLM
 from experiments.training.run_log import RunLog

@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 
 from experiments.config.entry import CONF_DIR
 from experiments.data.prepare import prepare
-from experiments.data.token_data import TokenData
 from experiments.evaluation.evaluating import Evaluation
 from experiments.evaluation.scores import table
 from experiments.evaluation.tasks import Tasks
@@ -43,9 +42,11 @@ def make_run(path: Path, data: dict[str, Any], seed: int = 0) -> RunDir:
     torch.manual_seed(seed)
     model = RWKV4(**{k: v for k, v in NET.items() if k != "_target_"})  # type: ignore[arg-type]
     torch.nn.init.normal_(model.emb.weight)
-    prepared = TokenData.open(prepare(data))
+    paths = {"data": str(Path(data["source"]["paths"]).parent / "data")}
+    config = OmegaConf.create({"data": data, "paths": paths, "model": {"net": NET}})
+    prepared = prepare(config.data, config.paths.data)
     path.mkdir(parents=True)
-    OmegaConf.save(OmegaConf.create({"data": data, "model": {"net": NET}}), path / "config.yaml")
+    OmegaConf.save(config, path / "config.yaml")
     (path / "checkpoints").mkdir()
     weights = {f"model.{k}": v for k, v in model.state_dict().items()}
     torch.save({"state_dict": weights}, path / "checkpoints" / "last.ckpt")
@@ -68,7 +69,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     tokenizer = {"_target_": "experiments.data.tokenizer.BytesTokenizer", "vocab_size": 256}
     cfg = {"name": "tiny", "source": source, "tokenizer": tokenizer, "val_tokens": None}
-    return cfg | {"root": str(root / "data")}
+    return cfg | {"vocab_size": 256}
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from torch import nn
 
-from experiments.data.token_data import IGNORED, ValWindows
+from experiments.data.order import IGNORED, ValWindows
 from experiments.data.tokenizer import BytesTokenizer, IdsTokenizer
 from experiments.evaluation.adapter import LanguageModelLM
 from experiments.evaluation.held_out_tasks import (

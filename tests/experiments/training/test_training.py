@@ -48,7 +48,6 @@ def test_both_families_see_the_same_batches(
     """The ids that reach a model, whatever it is, are those of the data module alone."""
     from experiments.data.data_module import TokenDataModule
     from experiments.data.prepare import prepare
-    from experiments.data.token_data import TokenData
     from models import gpt, rwkv4  # noqa: F401  # before their classes are looked for
 
     run = freeze(f"model={model}", "execution.micro_batch_size=2", "budget_tokens=1024")
@@ -64,7 +63,7 @@ def test_both_families_see_the_same_batches(
 
         monkeypatch.setattr(cls, "features", spy)
     fit(run)
-    data = TokenData.open(prepare(run.config.data))
+    data = prepare(run.config.data, run.config.paths.data)
     expected = iter(TokenDataModule(data, 64, 4, 4, seed=0).train_dataloader())
     for step in range(4):
         torch.testing.assert_close(torch.cat(seen[2 * step : 2 * step + 2]), next(expected)[0])
