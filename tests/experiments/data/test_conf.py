@@ -95,10 +95,3 @@ def test_vocabulary_of_a_file_tokenizer_may_be_left_open(tmp_path: Path) -> None
     cfg = data_config("+data=text", "tokenizer@data.tokenizer=file", *given)
     assert cfg.vocab_size is None
     assert prepare(cfg, tmp_path / "data").vocab_size == 300
-
-
-@pytest.mark.parametrize("name", sorted(p.stem for p in (CONF_DIR / "tokenizer").glob("*.yaml")))
-def test_every_tokenizer_fits_every_data_config(name: str) -> None:
-    cfg = data_config("+data=text", f"tokenizer@data.tokenizer={name}")
-    assert cfg.tokenizer._target_.startswith("experiments.data.tokenizer.")
-    assert "vocab_size" in list(cfg.tokenizer)

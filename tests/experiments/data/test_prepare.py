@@ -3,7 +3,6 @@
 import json
 import lzma
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,9 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 
-from experiments.data import token_stream
 from experiments.data.prepare import prepare
 
 from .small_data import BPE, BYTES, IDS, ROOM, config, text, write_megatron
@@ -90,14 +87,6 @@ def test_bits_per_byte_counts_exactly_the_held_out_text(
     assert data.meta["xz_bpb"] == pytest.approx(8 * packed / len(exact), rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "dtype"),
-    [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "int32"), (2**31, "int32")],
-)
-def test_smallest_dtype(vocab_size: int, dtype: str) -> None:
-    assert token_stream.token_dtype(vocab_size) == dtype
-
-
 def test_prepared_data_is_found_again_by_content(texts: Path, tmp_path: Path) -> None:
     root, moved = tmp_path / "data", tmp_path / "elsewhere"
     first = prepare(text(texts), root).path
@@ -146,16 +135,6 @@ def test_token_files_are_used_where_they_are(tmp_path: Path, dtype: str) -> None
     assert np.array_equal(data.val, held_out[:100])
 
 
-def test_raw_tokens_with_their_tokenizer_have_text_and_bytes(texts: Path, tmp_path: Path) -> None:
-    made = prepare(text(texts, tokenizer=BPE), tmp_path / "data")
-    (tmp_path / "t.json").write_text(json.dumps(made.tokenizer.description()["tokenizer"]))
-    read = {"_target_": f"{ROOM}.tokenizer.read_tokenizer", "path": str(tmp_path / "t.json")}
-    cfg = config("token_files.NanoGpt", read, path=str(made.path / "train.bin"), val_tokens=50)
-    data = prepare(cfg, tmp_path / "data")
-    assert np.array_equal(data.train, made.train[:-50])
-    assert data.meta["n_val_bytes"] == len(made.tokenizer.decode_bytes(made.train[-50:]))
-
-
 def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
     path = tmp_path / "big.txt"
     with path.open("wb") as file:
@@ -191,15 +170,6 @@ def start_without_end(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
-    process = start_without_end(tmp_path)
-    assert len(visible(tmp_path / "data")) == 1
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert visible(tmp_path / "data") == []
-
-
 def test_what_a_killed_process_left_is_cleared_by_the_next(tmp_path: Path) -> None:
     process = start_without_end(tmp_path)
     process.kill()
@@ -221,14 +191,6 @@ def test_two_processes_share_the_work_on_the_same_data(tmp_path: Path) -> None:
     assert sorted(err for _, err in outputs) in (["", ""], ["", notice])
 
 
-def test_other_data_is_prepared_meanwhile(tmp_path: Path, texts: Path) -> None:
-    process = start_without_end(tmp_path)
-    prepare(text(texts), tmp_path / "data")
-    assert len(visible(tmp_path / "data")) == 2
-    process.kill()
-    process.communicate(timeout=60)
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
 def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     import resource
@@ -244,42 +206,6 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     assert visible(tmp_path / "data") == []
 
 
-class Bar:
-    """Stands for a progress bar and keeps its count."""
-
-    made: list["Bar"] = []  # noqa: RUF012
-
-    def __init__(self, total: int | None, **_: Any) -> None:
-        self.total, self.n = total, 0
-        self.made.append(self)
-
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, n: int) -> None:
-        self.n += n
-
-
-def test_progress_counts_bytes(
-    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(token_stream, "tqdm", Bar)
-    prepare(text(texts), tmp_path / "data")
-    (train,) = [bar for bar in Bar.made if bar.total is not None]
-    assert train.n == train.total
-
-
 def test_quiet_without_a_terminal(texts: Path, tmp_path: Path, capfd: Any) -> None:
     prepare(text(texts), tmp_path / "data")
     assert capfd.readouterr() == ("", "")
-
-
-def test_the_standard_library_holds_out_enough_varied_text(tmp_path: Path) -> None:
-    cfg = OmegaConf.load(REPOSITORY / "conf" / "data" / "stdlib.yaml")
-    data = prepare(config("sources.Stdlib", val_tokens=cfg.val_tokens), tmp_path)
-    assert data.meta["n_val_tokens"] == cfg.val_tokens
-    assert (data.val == data.tokenizer.eot_id).sum() >= 10  # documents
-    assert 1.5 < data.meta["xz_bpb"] < 3.0

@@ -1,12 +1,10 @@
 """What the sources of text hold out, and that nothing is on both sides."""
 
-import os
 from pathlib import Path
 
 import pytest
 
-from experiments.data import files
-from experiments.data.files import content_id, find_files, sampled_sha256
+from experiments.data.files import find_files, sampled_sha256
 from experiments.data.records import HuggingFace, Jsonl
 from experiments.data.sources import PIECE_CHARS, Piece, Stdlib, TextFiles, cut, cut_stream
 
@@ -125,19 +123,6 @@ def test_hugging_face_splits_and_rows_of_one_document(tmp_path: Path) -> None:
     assert len(val) > 3
     joined = HuggingFace(folder, val_split="validation", one_document=True)
     assert split(joined) == (["".join(stories)], ["".join(lines)])
-
-
-def test_large_files_are_known_by_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, data = tmp_path / "big", bytearray(5 << 20)
-    path.write_bytes(data)
-    before = content_id(path)
-    os.utime(path, (0, 0))
-    assert content_id(path) == before
-    monkeypatch.setattr(files, "WHOLE_UP_TO", 4 << 20)
-    before = content_id(path)
-    data[-1] = 1
-    path.write_bytes(data)
-    assert content_id(path).rpartition("-")[2] != before.rpartition("-")[2]
 
 
 @pytest.mark.parametrize("size", [1, 65536, 4 << 20])

@@ -135,5 +135,5 @@ def test_a_dataset_that_breaks_off_is_one_line(
         raise ConnectionError
 
     monkeypatch.setattr(datasets, "load_dataset", rows)
-    with pytest.raises(ValueError, match="split 'train': ConnectionError$"):
+    with pytest.raises(ValueError, match=r"split 'train': ConnectionError$"):
         prepare(config(HF, path="some/set"), "data")
