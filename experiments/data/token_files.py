@@ -102,21 +102,20 @@ class Megatron(TokenSource):
     kind = "megatron"
 
     def __init__(self, prefix: str, val_prefix: str | None = None) -> None:
-        self.prefixes = [prefix, val_prefix] if val_prefix else [prefix]
-        files = [_whole_file(_existing(p + ".bin"), Index(p).dtype) for p in self.prefixes]
-        super().__init__(files[0], files[1] if val_prefix else None)
+        self.indices = [Index(one) for one in (prefix, val_prefix) if one]
+        train, *val = [index.span for index in self.indices]
+        super().__init__(train, val[0] if val else None)
 
     def check(self) -> None:
-        for prefix, span in zip(self.prefixes, (self.train, self.val), strict=False):
-            assert span is not None
-            Index(prefix).check_contiguous(span)
+        for index in self.indices:
+            index.check_contiguous()
 
 
 class Index:
-    """The `.idx` file of Megatron tokens: header, lengths and positions of its sequences.
+    """The `.idx` file beside Megatron tokens: header, lengths and positions of its sequences.
 
     Raises:
-        FileNotFoundError, ValueError: if it is missing, damaged or of another version.
+        FileNotFoundError, ValueError: if either is missing, damaged or of another version.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -135,11 +134,12 @@ class Index:
                 f"{self.path} is truncated or damaged: its size does not fit {self.n_sequences}"
                 " sequences"
             )
-        self.dtype = DTYPES[code]
+        self.span = _whole_file(_existing(prefix + ".bin"), DTYPES[code])
 
-    def check_contiguous(self, span: TokenSpan) -> None:
-        """Raise ValueError unless the sequences are back to back and fill the file."""
-        n, width, block = self.n_sequences, np.dtype(self.dtype).itemsize, 1 << 20
+    def check_contiguous(self) -> None:
+        """Raise ValueError unless the sequences are back to back and fill the file of tokens."""
+        n, span, block = self.n_sequences, self.span, 1 << 20
+        width = np.dtype(span.dtype).itemsize
         lengths = np.memmap(self.path, "<i4", mode="r", offset=HEADER.size, shape=(n,))
         starts = np.memmap(self.path, "<i8", mode="r", offset=HEADER.size + 4 * n, shape=(n,))
         at = 0  # bytes
