@@ -70,11 +70,12 @@ def train_trial(
     path = str(run.path)
     try:
         with holding(run.launch_file):
-            if run.finished:
-                return Outcome(path, State.DONE, run.summary(), by=By.OTHERS)
-            if error_stamp(run) not in (None, failed_before):
-                return Outcome(path, State.FAILED, run.error(), 1, By.OTHERS)
-            run.error_file.unlink(missing_ok=True)  # of the attempt before
+            with run.lock():  # nobody trains it; the process takes the lock as soon as it can
+                if run.finished:
+                    return Outcome(path, State.DONE, run.summary(), by=By.OTHERS)
+                if error_stamp(run) not in (None, failed_before):
+                    return Outcome(path, State.FAILED, run.error(), 1, By.OTHERS)
+                run.error_file.unlink(missing_ok=True)  # of the attempt before
             process = start(run, environment, log)
             with stops.telling(process):
                 code = process.wait()
@@ -119,6 +120,7 @@ def judge(run: RunDir, code: int) -> Outcome:
     """What a process with this exit code has made of a run; a reason it left none for is written.
 
     Raises:
+        RunLocked: if another process is at it by now.
         ValueError, OSError: if files of the run are damaged or gone.
     """
     path = str(run.path)
@@ -141,7 +143,8 @@ def judge(run: RunDir, code: int) -> Outcome:
     if code < 0:
         killer = " (the system was out of memory?)" if code == -signal.SIGKILL else ""
         reason = f"training was killed by signal {-code}{killer}; {RESUMES}"
-    write_text(run.error_file, f"{reason}\n\n{tail(run.log_file)}")
+    with run.lock():  # unless somebody has taken it over since
+        write_text(run.error_file, f"{reason}\n\n{tail(run.log_file)}")
     return Outcome(path, State.FAILED, reason, max(code, 1))
 
 
