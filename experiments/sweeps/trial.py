@@ -57,7 +57,7 @@ def train_trial(
     log: bool = False,
     failed_before: int | None = None,
 ) -> Outcome:
-    """Train a frozen run to its end in a fresh process, which is told of signals that we get.
+    """Train a frozen run to its end in a fresh process, which gets the signals that we get.
 
     The outcome is RUNNING if another process holds the run.
 
@@ -77,7 +77,7 @@ def train_trial(
                     return Outcome(path, State.FAILED, run.error(), 1, By.OTHERS)
                 run.error_file.unlink(missing_ok=True)  # of the attempt before
             process = start(run, environment, log)
-            with stops.telling(process):
+            with stops.forwarding_to(process):
                 code = process.wait()
             if code < 0:  # its own processes, data loaders and ranks, must not outlive it
                 with contextlib.suppress(ProcessLookupError):
@@ -178,21 +178,21 @@ class Stops:
         self._previous: dict[signal.Signals, Any] = {}
 
     @contextlib.contextmanager
-    def telling(self, process: "subprocess.Popen[bytes]") -> Iterator[None]:
-        """Within it, a process is told of the signals."""
+    def forwarding_to(self, process: "subprocess.Popen[bytes]") -> Iterator[None]:
+        """Within it, a process gets the signals too."""
         self._processes.append(process)
         try:
             if self.stopping:  # it came while the process was starting
-                tell(process, self.received or signal.SIGTERM)
+                send(process, self.received or signal.SIGTERM)
             yield
         finally:
             self._processes.remove(process)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Start no other trial, and tell those in training to save and stop."""
+        """Start no other trial, and ask those in training to save and stop."""
         self.stopping = True
         for process in list(self._processes):
-            tell(process, number)
+            send(process, number)
 
     def __enter__(self) -> "Stops":
         if threading.current_thread() is threading.main_thread():
@@ -212,6 +212,6 @@ class Stops:
         self.stop(signal.SIGKILL if again else signal.Signals(number))
 
 
-def tell(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+def send(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
     """Send a signal to a process; a hang-up of the terminal is SIGTERM to it."""
     process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
