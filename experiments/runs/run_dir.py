@@ -207,7 +207,7 @@ class RunDir:
         Raises:
             RunLocked: if another process holds the run.
         """
-        return holding(self.lock_file, wait)
+        return holding(self.lock_file, wait, working=True)
 
     def trainer(self) -> Holder | None:
         """Who trains the run."""

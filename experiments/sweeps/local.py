@@ -24,7 +24,7 @@ def train_all(
 
     A run that another process holds is left to it; if that one dies, we resume the run. When
     `stops` has received a signal no other run is started; nor with `fail_fast` when one failed,
-    and those in training are told to save and stop.
+    and those in training are asked to save and stop.
 
     Returns:
         Outcomes in the order of the runs; WAITING for those that were never started.

@@ -13,22 +13,21 @@ from experiments.runs.state import State
 from experiments.sweeps.trial import Outcome, train_when_free
 
 
-def launch(
-    trials: Sequence[RunDir], init: dict[str, Any], remote: dict[str, Any], fail_fast: bool
-) -> list[Outcome]:
+def launch(trials: Sequence[RunDir], launcher: dict[str, Any], fail_fast: bool) -> list[Outcome]:
     """Train trials as tasks of Ray and wait for them; the outcomes in the order of the trials.
 
     A task whose worker dies is tried again by Ray, from the last checkpoint. If this process ends,
     Ray ends its tasks, which save first.
 
     Args:
-        init: arguments of ``ray.init``.
-        remote: arguments of ``ray.remote``; `num_gpus` null is one where there is any.
-        fail_fast: if a trial fails, tell the others to save and stop.
+        launcher: under ``ray``, the arguments of ``ray.init`` and ``ray.remote``; `num_gpus` null
+            is one where there is any.
+        fail_fast: if a trial fails, the others are asked to save and stop.
 
     Raises:
         ValueError: if Ray is not installed, not to be reached, or has not what a task asks for.
     """
+    init, remote = launcher["ray"]["init"], launcher["ray"]["remote"]
     try:
         import ray
     except ImportError:

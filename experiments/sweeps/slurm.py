@@ -1,8 +1,8 @@
-"""The trials of a sweep as jobs of a cluster: SLURM or local processes through submitit, or Ray.
+"""The trials of a sweep as jobs of submitit: of SLURM, or processes of this machine.
 
-A job is told one thing, the run directory that it trains. Everything else is in the frozen config,
+A job gets one thing, the run directory that it trains. Everything else is in the frozen config,
 so jobs need nothing of the process that submitted them, which may end at any time. The keys of
-``hydra/launcher`` are those of Hydra's submitit launcher; its own ``launch`` is not used, because
+``hydra/launcher`` are those of Hydra's submitit launcher; its ``launch`` is not used, because
 it forgets all other jobs at the first one that fails, and which jobs there are when it ends.
 """
 
@@ -15,59 +15,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from experiments.config.identity import plain
 from experiments.runs.run_dir import RunDir
 from experiments.runs.state import RESUMES, State, state_of
-from experiments.sweeps.launches import queued_by
 from experiments.sweeps.trial import COMMAND, By, Outcome, train_when_free
 from experiments.system.files import write_json
 from experiments.system.signals import REQUEUE
 
-SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
 POLL_S = 2.0  # between two looks at results
 SQUEUE_S = 15.0  # between two questions to SLURM, which has other users
 GONE_S = 5.0  # a job missing for as long has ended, and what it wrote can be seen here
-
-
-def launch(runs: Sequence[RunDir], config: DictConfig) -> list[Outcome]:
-    """Train frozen runs by the engine that ``hydra/launcher`` names, and wait for all of them.
-
-    Raises:
-        ValueError: for another launcher, or if the engine refuses its settings.
-        KeyboardInterrupt: on Ctrl-C; jobs of SLURM continue by themselves.
-    """
-    launcher = plain(config.hydra.launcher)
-    target = launcher.pop("_target_")
-    engine = ENGINES.get(target)
-    if engine is None:
-        raise ValueError(
-            f"hydra/launcher {target} is not supported: use slurm, ray or submitit_local, or leave "
-            "it out and set jobs=N for processes of this machine"
-        )
-    if config.dry_run:
-        if engine is on_slurm:
-            print(script(len(runs), launcher))
-        for run in runs:
-            print(f"would submit {run.path}")
-        return [Outcome(str(run.path), State.WAITING) for run in runs]
-    # what a process outside of the queue trains is left to it
-    held = [run for run in runs if queued_job(run) is None and run.holder()]
-    free = [run for run in runs if run not in held]
-    outcomes = engine(free, launcher, config.fail_fast) if free else []
-    return outcomes + [Outcome(str(run.path), State.RUNNING, by=By.OTHERS) for run in held]
-
-
-def queued_elsewhere(path: Path) -> str:
-    """Who else has a run in a queue, in words; empty if nobody."""
-    job = queued_job(RunDir(path))
-    if job and job in in_queue([job]):
-        return f"in SLURM's queue as job {job}"
-    return queued_by(path)
 
 
 class Job:
@@ -94,7 +54,7 @@ class Job:
             sys.exit(outcome.exit_code)
 
     def checkpoint(self) -> Any:
-        """What submitit's handler of the signal submits anew: the same, for the run has saved."""
+        """What submitit's handler of the signal submits again: the same, for the run has saved."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
@@ -191,22 +151,8 @@ def on_this_machine(
     return wait(runs, ids, alive, stop if fail_fast else None)
 
 
-def on_ray(runs: Sequence[RunDir], launcher: dict[str, Any], fail_fast: bool) -> list[Outcome]:
-    """`experiments.sweeps.ray_engine`."""
-    from experiments.sweeps.ray_engine import launch
-
-    return launch(runs, **launcher["ray"], fail_fast=fail_fast)
-
-
-ENGINES: dict[str, Callable[[Sequence[RunDir], dict[str, Any], bool], list[Outcome]]] = {
-    f"{SUBMITIT}.SlurmLauncher": on_slurm,
-    f"{SUBMITIT}.LocalLauncher": on_this_machine,
-    "experiments.sweeps.ray_engine.launch": on_ray,
-}
-
-
 def submit(cluster: str, runs: Sequence[RunDir], launcher: dict[str, Any]) -> list[Any]:
-    """One job a cell; on SLURM an array.
+    """One job a trial; on SLURM an array.
 
     Raises:
         ValueError: if the cluster refuses them.

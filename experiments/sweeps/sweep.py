@@ -7,7 +7,6 @@ the number of trials that failed as exit code; Hydra's sweeper never runs.
 
 import signal
 import sys
-import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
@@ -22,17 +21,13 @@ from experiments.config.checks import check_launch
 from experiments.config.entry import REPORTED, one_line, one_line_errors
 from experiments.runs.run_dir import RunDir
 from experiments.runs.state import State, progress_of
+from experiments.sweeps.engines import queued_elsewhere, train_runs
 from experiments.sweeps.grid import Composer, check_same, expand
 from experiments.sweeps.launches import announced
-from experiments.sweeps.local import LOOK_S, train_all
-from experiments.sweeps.slots import device_slots
-from experiments.sweeps.slurm import launch, queued_elsewhere
 from experiments.sweeps.table import table
-from experiments.sweeps.trial import By, Outcome, Stops
+from experiments.sweeps.trial import By, Outcome
 from experiments.system import ranks
 from experiments.system.signals import ASK_REQUEUE, REQUEUE
-
-BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
 class Sweep(Callback):
@@ -73,7 +68,7 @@ def sweep(config: DictConfig) -> int:
                     waiting.append(run)
             except (*REPORTED, KeyError, TypeError) as error:
                 outcomes.append(failed(str(path), error))
-        trained, received = train_waiting(waiting, config)
+        trained, received = train_runs(waiting, config)
     report([*outcomes, *trained])
     return exit_code([*outcomes, *trained], received)
 
@@ -94,56 +89,6 @@ def locate_all(config: DictConfig) -> tuple[dict[Path, dict[str, Any]], list[Out
             label = " ".join(o for o in overrides if o not in common) or " ".join(overrides)
             outcomes.append(failed(label, error))
     return located, outcomes
-
-
-def is_local(launcher: Any) -> bool:
-    """True if no hydra/launcher was chosen: trials are processes of this one."""
-    return launcher._target_ == BASIC_LAUNCHER
-
-
-def train_waiting(
-    runs: Sequence[RunDir], config: DictConfig
-) -> tuple[list[Outcome], signal.Signals | None]:
-    """Train frozen runs by the engine that the config chooses.
-
-    Returns:
-        How each ended, and the signal that stopped us, if one did.
-
-    Raises:
-        ValueError: if the engine refuses its settings.
-    """
-    if not runs:
-        return [], None
-    if not is_local(config.hydra.launcher):
-        try:
-            return on_cluster(runs, config), None
-        except KeyboardInterrupt:
-            return [Outcome(str(run.path), State.WAITING) for run in runs], signal.SIGINT
-    slots = device_slots(config.jobs, config.execution.trainer)
-    if config.dry_run:
-        for i, run in enumerate(runs):
-            where = slots[i % len(slots)].items()
-            print(f"would train {run.path}", *(f"{k}={v}" for k, v in where))
-        return [Outcome(str(run.path), State.WAITING) for run in runs], None
-    with Stops() as stops:
-        return train_all(runs, slots, config.fail_fast, stops), stops.received
-
-
-def on_cluster(runs: Sequence[RunDir], config: DictConfig) -> list[Outcome]:
-    """Train runs by an engine of a cluster, and again those whose other holder died."""
-    outcomes: dict[str, Outcome] = {}
-    left = list(runs)
-    while left:
-        outcomes |= {outcome.run: outcome for outcome in launch(left, config)}
-        left = [run for run in left if outcomes[str(run.path)].state is State.RUNNING]
-        while left and all(run.holder() and not run.finished for run in left):
-            time.sleep(LOOK_S)
-        for run in [run for run in left if run.finished]:
-            outcomes[str(run.path)] = Outcome(
-                str(run.path), State.DONE, run.summary(), by=By.OTHERS
-            )
-            left.remove(run)
-    return list(outcomes.values())
 
 
 def failed(label: str, error: Exception) -> Outcome:

@@ -57,7 +57,7 @@ def train_trial(
     log: bool = False,
     failed_before: int | None = None,
 ) -> Outcome:
-    """Train a frozen run to its end in a fresh process, which is told of signals that we get.
+    """Train a frozen run to its end in a fresh process, which gets the signals that we get.
 
     The outcome is RUNNING if another process holds the run.
 
@@ -70,13 +70,14 @@ def train_trial(
     path = str(run.path)
     try:
         with holding(run.launch_file):
-            if run.finished:
-                return Outcome(path, State.DONE, run.summary(), by=By.OTHERS)
-            if error_stamp(run) not in (None, failed_before):
-                return Outcome(path, State.FAILED, run.error(), 1, By.OTHERS)
-            run.error_file.unlink(missing_ok=True)  # of the attempt before
+            with run.lock():  # nobody trains it; the process takes the lock as soon as it can
+                if run.finished:
+                    return Outcome(path, State.DONE, run.summary(), by=By.OTHERS)
+                if error_stamp(run) not in (None, failed_before):
+                    return Outcome(path, State.FAILED, run.error(), 1, By.OTHERS)
+                run.error_file.unlink(missing_ok=True)  # of the attempt before
             process = start(run, environment, log)
-            with stops.telling(process):
+            with stops.forwarding_to(process):
                 code = process.wait()
             if code < 0:  # its own processes, data loaders and ranks, must not outlive it
                 with contextlib.suppress(ProcessLookupError):
@@ -119,6 +120,7 @@ def judge(run: RunDir, code: int) -> Outcome:
     """What a process with this exit code has made of a run; a reason it left none for is written.
 
     Raises:
+        RunLocked: if another process is at it by now.
         ValueError, OSError: if files of the run are damaged or gone.
     """
     path = str(run.path)
@@ -141,7 +143,8 @@ def judge(run: RunDir, code: int) -> Outcome:
     if code < 0:
         killer = " (the system was out of memory?)" if code == -signal.SIGKILL else ""
         reason = f"training was killed by signal {-code}{killer}; {RESUMES}"
-    write_text(run.error_file, f"{reason}\n\n{tail(run.log_file)}")
+    with run.lock():  # unless somebody has taken it over since
+        write_text(run.error_file, f"{reason}\n\n{tail(run.log_file)}")
     return Outcome(path, State.FAILED, reason, max(code, 1))
 
 
@@ -175,21 +178,21 @@ class Stops:
         self._previous: dict[signal.Signals, Any] = {}
 
     @contextlib.contextmanager
-    def telling(self, process: "subprocess.Popen[bytes]") -> Iterator[None]:
-        """Within it, a process is told of the signals."""
+    def forwarding_to(self, process: "subprocess.Popen[bytes]") -> Iterator[None]:
+        """Within it, a process gets the signals too."""
         self._processes.append(process)
         try:
             if self.stopping:  # it came while the process was starting
-                tell(process, self.received or signal.SIGTERM)
+                send(process, self.received or signal.SIGTERM)
             yield
         finally:
             self._processes.remove(process)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Start no other trial, and tell those in training to save and stop."""
+        """Start no other trial, and ask those in training to save and stop."""
         self.stopping = True
         for process in list(self._processes):
-            tell(process, number)
+            send(process, number)
 
     def __enter__(self) -> "Stops":
         if threading.current_thread() is threading.main_thread():
@@ -209,6 +212,6 @@ class Stops:
         self.stop(signal.SIGKILL if again else signal.Signals(number))
 
 
-def tell(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+def send(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
     """Send a signal to a process; a hang-up of the terminal is SIGTERM to it."""
     process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)

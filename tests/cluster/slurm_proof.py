@@ -18,7 +18,7 @@ from experiments.sweeps.slurm import in_queue, queued_job
 from .conftest import ROOT, Sweep, assert_same, wait_for
 
 HERE = Path(__file__).parent
-N_TOKENS = 5_000_000  # of a cell: more than fits into a minute, the shortest limit that SLURM has
+N_TOKENS = 5_000_000  # of a trial: more than fits into a minute, the shortest limit that SLURM has
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +46,7 @@ def requeues(sweep: Sweep, suite: str) -> int:
     return sum(log.read_text().count("Requeued job") for log in logs)
 
 
-def test_a_time_limit_requeues_cells_until_they_are_done(sweep: Sweep, limit_min: int) -> None:
+def test_a_time_limit_requeues_trials_until_they_are_done(sweep: Sweep, limit_min: int) -> None:
     start = time.monotonic()
     limit = [f"hydra.launcher.timeout_min={limit_min}", "hydra.launcher.signal_delay_s=15"]
     code = sweep.run("limited", "hydra/launcher=slurm", *limit)

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from experiments.config.entry import CONF_DIR, one_line
 from experiments.runs.run_dir import RunDir
 from experiments.runs.state import State
-from experiments.sweeps import slurm, trial
+from experiments.sweeps import engines, slurm, trial
 from experiments.sweeps.trial import COMMAND, Outcome
 from experiments.system.files import write_json
 from experiments.system.locks import lease
@@ -79,7 +79,7 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(
     monkeypatch.setenv("PATH", "")
     settings = ["gpus_per_node=2", "tasks_per_node=2", "timeout_min=90", "partition=long"]
     given = ["dry_run=true", "hydra/launcher=slurm", *(f"hydra.launcher.{s}" for s in settings)]
-    outcomes = slurm.launch(trials, config(tmp_path, *given))
+    outcomes = engines.launch(trials, config(tmp_path, *given))
     assert [outcome.state for outcome in outcomes] == [State.WAITING] * 3
     printed = capsys.readouterr().out
     for line in (
@@ -103,12 +103,12 @@ def test_other_launchers_and_settings_are_refused_in_a_line(
     other = config(tmp_path)
     other.hydra.launcher = {"_target_": "hydra_plugins.joblib.JoblibLauncher"}
     with pytest.raises(ValueError, match="JoblibLauncher is not supported: use slurm, ray"):
-        slurm.launch(trials, other)
+        engines.launch(trials, other)
     program("squeue", "exit 0")
     program("srun", "exit 0")
     program("sbatch", "echo 'sbatch: error: invalid partition specified: x' >&2; exit 1")
     with pytest.raises(ValueError, match=r"sbatch: .*invalid partition specified: x"):
-        slurm.launch(trials, config(tmp_path, "hydra/launcher=slurm"))
+        engines.launch(trials, config(tmp_path, "hydra/launcher=slurm"))
 
 
 def test_without_slurm_the_error_says_so(
@@ -116,7 +116,7 @@ def test_without_slurm_the_error_says_so(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="srun"):
-        slurm.launch(trials, config(tmp_path, "hydra/launcher=slurm"))
+        engines.launch(trials, config(tmp_path, "hydra/launcher=slurm"))
 
 
 def test_a_launcher_whose_package_is_missing_is_a_line() -> None:
@@ -147,12 +147,12 @@ def test_trials_are_submitted_once_and_looked_after_by_every_launch(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "sleep", die)
         with pytest.raises(Killed):
-            slurm.launch(trials, given)
+            engines.launch(trials, given)
     assert [slurm.queued_job(run) for run in trials] == ["7_0", "7_1", "7_2"]
     assert not (trials[0].path / "error.txt").exists()
     for run in trials:
         finish(run)
-    outcomes = slurm.launch(trials, given)
+    outcomes = engines.launch(trials, given)
     assert [outcome.state for outcome in outcomes] == [State.DONE] * 3
     calls = (tmp_path / "calls.txt").read_text()
     assert calls.count("sbatch ") == 1
@@ -163,7 +163,7 @@ def test_a_trial_in_training_outside_the_queue_is_left_to_it(
     tmp_path: Path, trials: list[RunDir]
 ) -> None:
     with trials[0].lock():
-        (outcome,) = slurm.launch(trials[:1], config(tmp_path, "hydra/launcher=slurm"))
+        (outcome,) = engines.launch(trials[:1], config(tmp_path, "hydra/launcher=slurm"))
     assert outcome.state is State.RUNNING
 
 
@@ -250,7 +250,7 @@ def test_ray_that_is_not_there_is_a_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install -e '.\[ray\]'"):
-        slurm.launch(trials, config(tmp_path, "hydra/launcher=ray"))
+        engines.launch(trials, config(tmp_path, "hydra/launcher=ray"))
 
 
 @pytest.mark.slow

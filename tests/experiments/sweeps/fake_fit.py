@@ -2,7 +2,8 @@
 
 ``FAKE_LOG`` is a file that gets a line at each start and end; ``FAKE_DEEDS`` is JSON that tells by
 run name what happens: a number is seconds of work, else fail, bad, kill (itself), late (itself,
-when all is done), exit, remove (its own folder), or deaf (works for a minute and heeds no signal).
+when all is done), exit, remove (its own folder), linger (until there is a file ``end``), or deaf
+(works for a minute and heeds no signal).
 """
 
 import fcntl
@@ -62,7 +63,9 @@ def work(folder: Path) -> int:
         if deed == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         (folder / "manifest.json").write_text("{}")
-        end = time.monotonic() + {"deaf": 60, "late": 0}.get(deed, deed)
+        while deed == "linger" and not (folder / "end").exists():
+            time.sleep(0.01)
+        end = time.monotonic() + {"deaf": 60, "late": 0, "linger": 0}.get(deed, deed)
         while time.monotonic() < end and (deed == "deaf" or not stopped):
             time.sleep(0.01)
         if stopped:

@@ -23,6 +23,7 @@ from experiments.sweeps import trial
 from experiments.sweeps.local import Report
 from experiments.sweeps.slots import device_slots
 from experiments.sweeps.trial import Outcome
+from experiments.system import locks
 from experiments.system.machine import gpu_names
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -245,18 +246,39 @@ def test_damaged_entries_cost_their_own_trial_one_line(suite: Suite) -> None:
 
 @pytest.mark.slow
 def test_a_trial_in_training_elsewhere_is_waited_for_and_not_trained_again(suite: Suite) -> None:
-    first = suite.start("seed=0,1,2", deeds={"": 0.5})
+    first = suite.start("seed=0,1,2", deeds={"seed=0": "linger"})
+
+    def let_it_end() -> None:
+        suite.wait_for("done", 2)  # which the second launch has trained
+        (suite.run("rwkv4_pico/seed=0").path / "end").touch()
+
+    thread = threading.Thread(target=let_it_end)
+    thread.start()
     try:
         suite.wait_for("start", 1)
-        assert suite.launch("seed=0,1,2", deeds={"": 0.5}) == 0
+        assert suite.launch("seed=0,1,2") == 0
         _, err = first.communicate(timeout=60)
     finally:
+        thread.join()
         first.kill()
     assert first.returncode == 0, err
-    assert sorted(suite.events("done")) == [f"rwkv4_pico/seed={seed}" for seed in range(3)]
-    assert len(suite.events("start")) == 3
-    assert "trained by other launches" in suite.out
+    assert sorted(suite.events("start")) == [f"rwkv4_pico/seed={seed}" for seed in range(3)]
+    assert "2 trained, 0 finished before, 0 failed, 1 trained by other launches" in suite.out
     assert "done: s/rwkv4_pico/seed=0" in suite.out
+
+
+def test_a_launch_that_died_with_its_machine_holds_no_trial_for_long(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert suite.launch("seed=0", "dry_run=true") == 0
+    monkeypatch.setattr(locks, "LEASE_S", 3.0)
+    for file in (".launch", ".lock"):
+        far = "filelock/2\npid=7\nhost=far\nmode=lease\ntoken=ab\nduration=3.0\nstart=1\n"
+        (suite.run("rwkv4_pico/seed=0").path / file).write_text(far)
+    assert suite.launch("seed=0,1", deeds={"": 0.1}) == 0
+    assert suite.events("start")[0] == "rwkv4_pico/seed=1"
+    assert "waiting for 1 in training elsewhere: s/rwkv4_pico/seed=0 (far, process 7)" in suite.out
+    assert "2 trained" in suite.out
 
 
 def test_a_killed_trial_that_another_process_took_over_at_once_has_not_failed(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments.runs.run_dir import RunDir
-from experiments.train import train
+from experiments.sweeps.one_run import train
 
 from ...small_runs import ROOT, command, freeze_in, rows, same, weights
 
