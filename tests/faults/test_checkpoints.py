@@ -20,8 +20,8 @@ from experiments.runs.checkpoints.files import (
     LAST,
     PREVIOUS,
     AtomicCheckpointIO,
+    checkpoint_to_resume,
     duplicate,
-    to_go_on_from,
 )
 from experiments.runs.checkpoints.reading import read_checkpoint
 
@@ -65,7 +65,7 @@ def test_the_one_before_is_kept_and_all_are_known(folder: Path) -> None:
     assert all(is_whole(folder / name) for name in (LAST, PREVIOUS, BEST))
     known = json.loads((folder / CHECKSUMS).read_text())
     assert known == {name: [digest(folder / name)] for name in (LAST, PREVIOUS, BEST)}
-    assert to_go_on_from(folder) == folder / LAST
+    assert checkpoint_to_resume(folder) == folder / LAST
     assert sorted(p.name for p in folder.iterdir()) == [BEST, CHECKSUMS, LAST, PREVIOUS]
 
 
@@ -74,26 +74,26 @@ def test_a_damaged_last_one_falls_back_to_the_one_before(
     folder: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage(folder / LAST)
-    assert to_go_on_from(folder) == folder / PREVIOUS
+    assert checkpoint_to_resume(folder) == folder / PREVIOUS
     warning = capsys.readouterr().err
     assert warning.startswith("warning: ")
-    assert "going on from previous.ckpt" in warning
+    assert "resuming from previous.ckpt" in warning
     assert str(folder / LAST) in warning
     assert (folder / DAMAGED).exists() == (damage is not Path.unlink)
     save(folder, 3)  # what is good is not pushed out by what is damaged
     assert [number(folder / name) for name in (LAST, PREVIOUS)] == [3, 1]
-    assert to_go_on_from(folder) == folder / LAST
+    assert checkpoint_to_resume(folder) == folder / LAST
 
 
 def test_none_that_is_whole_is_one_line(folder: Path) -> None:
     for name in (LAST, PREVIOUS):
         flip(folder / name)
     with pytest.raises(ValueError, match=r"last\.ckpt is damaged: .*no whole previous\.ckpt") as e:
-        to_go_on_from(folder)
+        checkpoint_to_resume(folder)
     assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match="damaged"):
         read_checkpoint(folder / LAST)
-    assert to_go_on_from(folder.parent / "nothing") is None
+    assert checkpoint_to_resume(folder.parent / "nothing") is None
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[1]", '{"last.ckpt": 3}', "\0"])
@@ -104,12 +104,12 @@ def test_without_its_list_a_checkpoint_can_be_read(
         (folder / CHECKSUMS).unlink()
     else:
         (folder / CHECKSUMS).write_text(text)
-    assert to_go_on_from(folder) == folder / LAST
+    assert checkpoint_to_resume(folder) == folder / LAST
     assert number(folder / LAST) == 2
     warnings = capsys.readouterr().err
     assert ("cannot be checked" in warnings) == (text is not None)
     cut(folder / LAST)  # torch.load still finds what is cut
-    assert to_go_on_from(folder) == folder / PREVIOUS
+    assert checkpoint_to_resume(folder) == folder / PREVIOUS
     save(folder, 3)
     assert is_whole(folder / LAST)
     assert is_whole(folder / PREVIOUS) is None  # nothing is known of it, and nothing is claimed
@@ -158,7 +158,7 @@ def test_a_kill_before_any_line_of_a_save_leaves_one_to_go_on_from(folder: Path)
         if not os.waitpid(child, 0)[1]:
             break
         n_kills += 1
-        path = to_go_on_from(folder)
+        path = checkpoint_to_resume(folder)
         assert path is not None
         assert number(path) in (last, last + 1)
         assert number(folder / BEST) <= number(path)
