@@ -1,6 +1,7 @@
 """Small trainings of both families, and what they are compared by."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,46 +13,41 @@ from experiments.runs.metrics import MetricsFile
 from experiments.runs.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["data=text", "debug=smoke", "trainer=cpu", "size=nano"]
+SMALL = ["data=text", "data.val_tokens=500", "debug=smoke", "trainer=cpu", "size=nano"]
 FAMILIES = ["rwkv4", "gpt"]
 
 
-def freeze_in(runs: Path, text: Path, *overrides: str) -> RunDir:
-    """A run that nothing has trained yet; its overrides name it."""
-    given = [
-        *SMALL,
-        f"data.source.paths={text}",
-        "data.val_tokens=500",
-        f"paths.runs={runs}",
-        f"paths.data={text.parent / 'data'}",
-        *overrides,
-    ]
+def text_in(folder: Path) -> Path:
+    """A text to train on."""
+    path = folder / "a.txt"
+    path.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(2000)))
+    return path
+
+
+def places(runs: Path, text: Path) -> list[str]:
+    """Where runs, their text and their prepared data are, as overrides."""
+    data = text.parent / "data"
+    return [f"data.source.paths={text}", f"paths.runs={runs}", f"paths.data={data}"]
+
+
+def freeze_in(runs: Path, text: Path, *overrides: str, small: Sequence[str] = SMALL) -> RunDir:
+    """A run that nothing has trained yet; its overrides name it, what makes it small does not."""
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return RunDir.freeze(compose("train", overrides=given), overrides)
+        config = compose("train", overrides=[*small, *places(runs, text), *overrides])
+        return RunDir.freeze(config, overrides)
 
 
-def command(tmp_path: Path, text: Path, *overrides: str) -> list[str]:
-    """The command that trains one on a text, with runs and prepared data below a folder."""
-    return [
-        sys.executable,
-        "-m",
-        "experiments.train",
-        *SMALL,
-        f"data.source.paths={text}",
-        "data.val_tokens=500",
-        f"paths.runs={tmp_path / 'runs'}",
-        f"paths.data={tmp_path / 'data'}",
-        "execution.n_threads=1",
-        *overrides,
-    ]
+def command(runs: Path, text: Path, *overrides: str) -> list[str]:
+    """The command that trains one."""
+    given = [*SMALL, *places(runs, text), "execution.n_threads=1", *overrides]
+    return [sys.executable, "-m", "experiments.train", *given]
 
 
 def rows(run: RunDir) -> list[dict[str, str]]:
     """metrics.csv without what a clock or a memory meter decides."""
-    table = MetricsFile(run.path / "metrics.csv").rows()
     return [
         {k: v for k, v in row.items() if not k.startswith("perf/") and k != "time_s"}
-        for row in table
+        for row in MetricsFile(run.metrics_file).rows()
     ]
 
 

@@ -7,7 +7,7 @@ only reads. The schedule of the learning rate is that of the new budget from the
 from pathlib import Path
 
 from experiments.config.identity import config_difference, plain
-from experiments.runs.checkpoints.files import BEST, check, duplicate, to_go_on_from
+from experiments.runs.checkpoints.files import BEST, check, checkpoint_to_resume, duplicate
 from experiments.runs.run_dir import RunDir
 from experiments.system.files import write_text
 
@@ -36,19 +36,19 @@ def continued_run(run: RunDir) -> RunDir | None:
 
 
 def starting_point(run: RunDir, is_global_zero: bool) -> Path | None:
-    """The checkpoint to go on from: the run's own, else that of the run it continues, else None.
+    """The checkpoint to resume from: the run's own, else that of the run it continues, else None.
 
     Raises:
         ValueError: if there is one, but damaged; or as `continued_run`.
     """
-    own = to_go_on_from(run.checkpoints)
-    before = None if own else continued_run(run)
+    checkpoint = checkpoint_to_resume(run.checkpoints)
+    before = None if checkpoint else continued_run(run)
     if before is None:
-        return own
+        return checkpoint
     last = before.checkpoint("last")
     check(last)
     if is_global_zero:
-        (run.checkpoints).mkdir(exist_ok=True)
+        run.checkpoints.mkdir(exist_ok=True)
         duplicate(before.checkpoint("best"), run.checkpoints / BEST)
         write_text(run.metrics_file, before.metrics_file.read_text("utf-8"))
     return last

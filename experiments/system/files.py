@@ -11,6 +11,16 @@ from typing import Any
 
 
 @contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """A temporary name beside a file or folder; what is still there at the end is removed."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        yield temporary
+    finally:
+        remove(temporary)
+
+
+@contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """A temporary name beside a file or folder, which takes its place if all goes well.
 
@@ -18,14 +28,12 @@ def replacing(target: Path) -> Iterator[Path]:
         OSError: if it cannot be written, with the name of the target.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        yield temporary
-        replace(temporary, target)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(target)) from None
-    finally:
-        remove(temporary)
+    with beside(target) as temporary:
+        try:
+            yield temporary
+            replace(temporary, target)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(target)) from None
 
 
 def write_json(path: Path, obj: Any) -> None:
@@ -43,17 +51,14 @@ def write_text(path: Path, text: str) -> None:
 
 def write_new(path: Path, text: str) -> bool:
     """Write a file that does not exist yet; False, and nothing is done, if another process has."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    write_text(temporary, text)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without links
-        os.replace(temporary, path)
-        return True
-    finally:
-        temporary.unlink(missing_ok=True)
+    with beside(path) as temporary:
+        write_text(temporary, text)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            os.replace(temporary, path)
     return True
 
 

@@ -77,14 +77,14 @@ def stop() -> None:
         distributed.destroy_process_group()
 
 
-def gather(mine: Any) -> list[Any]:
+def gather(part: Any) -> list[Any]:
     """What each process gives, in the order of ranks, in every process."""
     if size() == 1:
-        return [mine]
+        return [part]
     from torch import distributed
 
     parts: list[Any] = [None] * size()
-    distributed.all_gather_object(parts, mine)
+    distributed.all_gather_object(parts, part)
     return parts
 
 
@@ -97,11 +97,11 @@ def share(items: list[Item], cost: Callable[[Item], int]) -> list[Item]:
     """This process's part: a stretch of the list, costing about as much as every other's."""
     ends = list(accumulate(map(cost, items)))
     total = ends[-1] if ends else 0
-    n, mine = size(), rank()
+    n, this = size(), rank()
     return [
         item
         for item, end in zip(items, ends, strict=True)
-        if min((end - 1) * n // total, n - 1) == mine
+        if min((end - 1) * n // total, n - 1) == this
     ]
 
 

@@ -25,9 +25,9 @@ from experiments.training.run_log import RunLog
 class Checkpoints(Callback):
     """last.ckpt now and then and when asked to stop; best.ckpt is a copy of it by validation loss.
 
-    Always at the end of a step: a run that goes on from here has lost nothing. A run that is asked
-    to stop does not wait for a validation: the next start begins with it. Every rank takes the same
-    decisions. Each rank's random numbers go on where they were, if there are as many ranks again.
+    Always at the end of a step, so that a run that resumes has lost nothing. A run that is asked to
+    stop does not wait for a validation: the next start begins with it. Every rank takes the same
+    decisions. Each rank continues its random numbers if there are as many ranks again.
 
     Args:
         folder: of the checkpoints.
@@ -170,7 +170,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Go on from a `rng_state`."""
+    """Continue from a `rng_state`."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -94,7 +94,7 @@ class Sharded(ModelParallelStrategy):
     """FSDP2 over all processes; checkpoints are folders with a file of each process.
 
     Weights, gradients and optimizer states have the same names and numbers as on one device, so a
-    run goes on from any other strategy's checkpoint.
+    run resumes from any other strategy's checkpoint.
     """
 
     def __init__(self) -> None:
@@ -140,17 +140,19 @@ class Sharded(ModelParallelStrategy):
         """Any checkpoint, with this process's rows of each tensor of weights and optimizer."""
         path = Path(checkpoint_path)
         if path.is_dir():
-            return read_shards(path, self.own_rows)
+            return read_shards(path, self.local_rows)
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return checkpoint | {key: map_tensors(self.own_rows, [checkpoint[key]]) for key in SHARDED}
+        return checkpoint | {
+            key: map_tensors(self.local_rows, [checkpoint[key]]) for key in SHARDED
+        }
 
-    def own_rows(self, whole: Tensor) -> Tensor:
+    def local_rows(self, whole: Tensor) -> Tensor:
         """This process's part of a tensor, as fully_shard has it; numbers stay as they are."""
         if not whole.dim():
             return whole
-        mine = rows_of(whole, self.global_rank, self.world_size).clone().to(self.root_device)
+        rows = rows_of(whole, self.global_rank, self.world_size).clone().to(self.root_device)
         return DTensor.from_local(
-            mine,
+            rows,
             self.device_mesh["data_parallel"],
             [Shard(0)],
             run_check=False,

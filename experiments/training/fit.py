@@ -38,6 +38,71 @@ from experiments.training.run_log import LossNotFinite, RunLog
 from models.language_model import LanguageModel
 
 
+def attempt(run: RunDir) -> None:
+    """``fit`` with the run locked; a failure leaves its reason in ``error.txt``.
+
+    Raises:
+        RunFailed: if training failed.
+        SystemExit: `BUSY`, if another process holds the run.
+        ValueError, OSError: for bad input, found before training began.
+    """
+    try:
+        with run.lock(wait=True) if is_first() else nullcontext():
+            if run.finished:  # by another process, after who started this one looked
+                print(f"{run.name}: finished already", flush=True)
+            else:
+                attempt_locked(run)
+    except RunLocked as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(BUSY) from None
+
+
+def is_first() -> bool:
+    """Whether this process is the first of a run's, before Lightning knows them."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def attempt_locked(run: RunDir) -> None:
+    if is_first():
+        run.error_file.unlink(missing_ok=True)
+    try:
+        fit(run)
+    except Exception as error:
+        reason = explain(error, run)
+        lost = is_lost_peer(error)
+        with suppress(OSError):  # a full disk: the reason is printed
+            if not (lost and run.error_file.is_file()):  # the one that was lost says why
+                write_text(run.error_file, f"{reason}\n\n{traceback.format_exc()}")
+        if isinstance(error, ValueError | OSError | ImportError) and not run.manifest:
+            raise  # bad input: nothing was trained
+        if lost or isinstance(error, (*REPORTED, LossNotFinite, torch.OutOfMemoryError)):
+            raise RunFailed(reason) from error
+        raise
+
+
+def explain(error: Exception, run: RunDir) -> str:
+    """One line: what went wrong, and what to do about it."""
+    cfg = run.config
+    if isinstance(error, LossNotFinite):
+        last = run.checkpoints / LAST
+        kept = ""
+        if last.exists():
+            kept = f"checkpoint of step {read_checkpoint(last)['global_step']} kept; "
+        return f"{error}; {kept}lower optim.peak_lr={cfg.optim.peak_lr} or use precision=32-true"
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "out of memory: halve execution.micro_batch_size="
+            f"{cfg.execution.micro_batch_size}, set execution.loss=chunked, execution.chunk_len="
+            f"{max(1, cfg.ctx_len // 4)} or execution.grad_checkpoint=true"
+        )
+    if is_lost_peer(error):
+        return (
+            "another process of this run ended or cannot be reached: see what it printed; the same "
+            "command resumes from the last checkpoint"
+        )
+    return one_line(error)
+
+
 def fit(run: RunDir) -> None:
     """Train a run to its budget, from its last checkpoint if there is one, and write its result.
 
@@ -55,16 +120,9 @@ def train(run: RunDir, stop: StopRequest) -> None:
     if cfg.execution.n_threads:
         torch.set_num_threads(cfg.execution.n_threads)
     data = prepare(cfg.data, cfg.paths.data)
-    n_steps = step_count(cfg)
     L.seed_everything(cfg.seed, verbose=False)
-    model = make(cfg.model.net, LanguageModel)
-    model.backend = cfg.execution.backend
-    model.grad_checkpoint = cfg.execution.grad_checkpoint
-    check_model(model, cfg, data)
-    try:
-        trainer, module, datamodule = build(run, model, data, n_steps, stop)
-    except MisconfigurationException as error:  # devices that are not there
-        raise ValueError(one_line(error)) from None
+    model = make_model(cfg, data)
+    trainer, module, batches = build(run, model, data, step_count(cfg), stop)
 
     checkpoint = starting_point(run, trainer.is_global_zero)
     if checkpoint is not None:
@@ -77,111 +135,19 @@ def train(run: RunDir, stop: StopRequest) -> None:
         write_text(run.tokenizer_file, data.tokenizer.to_json())
     # again: what was drawn since depends on what an earlier start left; a checkpoint has its own
     L.seed_everything(cfg.seed + trainer.global_rank, verbose=False)
-    trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-    trainer.save_checkpoint(run.checkpoints / LAST)
-    trainer.strategy.checkpoint_io.teardown()  # waits until it is written
-    if trainer.is_global_zero:
-        for name in (BEST, LAST):
-            make_whole(run.checkpoints / name)
-        result = summarise(MetricsFile(run.metrics_file), model.flops_per_token(cfg.ctx_len))
-        write_json(run.result_file, result)
-        print(f"{run.name}: {run.summary()}", flush=True)
+    trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
+    finish(run, trainer, model)
 
 
-def remove_leftovers(run: RunDir) -> None:
-    """Remove what a process that was killed while it wrote left under temporary names."""
-    for name in ("manifest.json", "tokenizer.json", "metrics.csv", "result.json", "error.txt"):
-        for leftover in run.path.glob(f".{name}.*"):
-            remove(leftover)
-    for leftover in (run.checkpoints).glob(".*"):
-        remove(leftover)
+def make_model(cfg: DictConfig, data: TokenData) -> LanguageModel:
+    """A model with new weights.
 
-
-def check_data(run: RunDir, data: TokenData) -> None:
-    """Raise ValueError if what is to go on was trained on other data."""
-    before = run.manifest or getattr(continued_run(run), "manifest", {})
-    if before.get("data", {}).get("fingerprint", data.fingerprint) != data.fingerprint:
-        raise ValueError(
-            f"{run.path} was trained on other data than {data.path} now holds: "
-            "choose another suite=NAME, or remove that folder to train again"
-        )
-
-
-def build(
-    run: RunDir, model: LanguageModel, data: TokenData, n_steps: int, stop: StopRequest
-) -> tuple[L.Trainer, LitLM, TokenDataModule]:
-    """The three Lightning parts of a run: trainer, module, data."""
-    cfg, execution = run.config, run.config.execution
-    tokens_per_step = cfg.batch_size * cfg.ctx_len
-    flops = model.flops_per_token(cfg.ctx_len)
-    val_every = max(1, round(n_steps / cfg.n_validations))
-    run_log = RunLog(MetricsFile(run.metrics_file), tokens_per_step, flops, execution.log_every)
-    options = trainer_options(cfg)
-    trainer = L.Trainer(
-        **options | {"plugins": [*options["plugins"], BackgroundCheckpointIO()]},
-        precision=cfg.precision,
-        max_steps=n_steps,
-        max_epochs=-1,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=None,
-        logger=make_loggers(cfg, run) or False,
-        callbacks=[
-            run_log,
-            TokenBar(run.name, tokens_per_step),
-            Checkpoints(
-                run.checkpoints,
-                run_log,
-                val_every,
-                execution.checkpoint_every_min,
-                stop,
-            ),
-        ],
-        use_distributed_sampler=False,  # our batches already know their rank
-        enable_checkpointing=False,  # by Lightning itself, beside ours
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=run.path,
-    )
-    n_accumulated, rest = divmod(cfg.batch_size, execution.micro_batch_size * trainer.world_size)
-    if rest or n_accumulated < 1:
-        raise ValueError(
-            f"batch_size {cfg.batch_size} is not a multiple of micro_batch_size "
-            f"{execution.micro_batch_size} x {trainer.world_size} devices"
-        )
-    trainer.accumulate_grad_batches = n_accumulated
-    trainer.val_check_interval = val_every * n_accumulated
-    optim = {k: cfg.optim[k] for k in ("peak_lr", "betas", "eps", "weight_decay", "lr_scale")}
-    # under float16 the scaler must see the gradients before the step, which a fused one hides
-    optim["fused"] = cfg.precision != "16-mixed"
-    token_bytes = data.tokenizer.token_bytes()
-    module = LitLM(
-        model,
-        make_optimizer=lambda m: make_optimizer(m, **optim),
-        schedule=make(cfg.schedule.function, Schedule),
-        total_steps=n_steps,
-        loss=execution.loss,
-        penalty=cfg.optim.max_logit_penalty,
-        grad_clip=cfg.optim.grad_clip,
-        token_bytes=None if token_bytes is None else torch.as_tensor(token_bytes.astype("int64")),
-        chunk_len=cfg.truncate or execution.chunk_len,
-        truncated=cfg.truncate is not None,
-    )
-    if execution.compile:
-        for block in module.model.blocks:
-            block.compile()  # in place: checkpoint keys stay; by block: one layer's compile time
-    datamodule = TokenDataModule(
-        data,
-        ctx_len=cfg.ctx_len,
-        batch_size=cfg.batch_size,
-        micro_batch_size=execution.micro_batch_size,
-        seed=cfg.data.seed,
-        num_workers=execution.num_workers,
-    )
-    return trainer, module, datamodule
-
-
-def check_model(model: LanguageModel, cfg: DictConfig, data: TokenData) -> None:
-    """Raise ValueError if the model cannot read the data it is given."""
+    Raises:
+        ValueError: if it cannot read the data it is given.
+    """
+    model = make(cfg.model.net, LanguageModel)
+    model.backend = cfg.execution.backend
+    model.grad_checkpoint = cfg.execution.grad_checkpoint
     padded = -(-data.vocab_size // 512) * 512  # as Pythia's, for the sake of fast matmuls
     if not data.vocab_size <= model.vocab_size <= padded:
         raise ValueError(
@@ -191,6 +157,125 @@ def check_model(model: LanguageModel, cfg: DictConfig, data: TokenData) -> None:
         )
     if model.max_ctx is not None and model.max_ctx < cfg.ctx_len:
         raise ValueError(f"ctx_len {cfg.ctx_len} is longer than the model's {model.max_ctx}")
+    return model
+
+
+def build(
+    run: RunDir, model: LanguageModel, data: TokenData, n_steps: int, stop: StopRequest
+) -> tuple[L.Trainer, LitLM, TokenDataModule]:
+    """The three Lightning parts of a run: trainer, module, data."""
+    cfg = run.config
+    batches = TokenDataModule(
+        data,
+        ctx_len=cfg.ctx_len,
+        batch_size=cfg.batch_size,
+        micro_batch_size=cfg.execution.micro_batch_size,
+        seed=cfg.data.seed,
+        num_workers=cfg.execution.num_workers,
+    )
+    return make_trainer(run, model, n_steps, stop), make_module(cfg, model, data, n_steps), batches
+
+
+def make_trainer(run: RunDir, model: LanguageModel, n_steps: int, stop: StopRequest) -> L.Trainer:
+    """Lightning's trainer with our callbacks.
+
+    Raises:
+        ValueError: if its devices are not there, or cannot share a batch evenly.
+    """
+    cfg, execution = run.config, run.config.execution
+    tokens_per_step = cfg.batch_size * cfg.ctx_len
+    val_every = max(1, round(n_steps / cfg.n_validations))
+    flops = model.flops_per_token(cfg.ctx_len)
+    run_log = RunLog(MetricsFile(run.metrics_file), tokens_per_step, flops, execution.log_every)
+    every_min = execution.checkpoint_every_min
+    options = trainer_options(cfg)
+    options["plugins"] = [*options["plugins"], BackgroundCheckpointIO()]
+    try:
+        trainer = L.Trainer(
+            **options,
+            precision=cfg.precision,
+            max_steps=n_steps,
+            max_epochs=-1,
+            num_sanity_val_steps=0,
+            check_val_every_n_epoch=None,
+            logger=make_loggers(cfg, run) or False,
+            callbacks=[
+                run_log,
+                TokenBar(run.name, tokens_per_step),
+                Checkpoints(run.checkpoints, run_log, val_every, every_min, stop),
+            ],
+            use_distributed_sampler=False,  # our batches already know their rank
+            enable_checkpointing=False,  # by Lightning itself, beside ours
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=run.path,
+        )
+    except MisconfigurationException as error:  # devices that are not there
+        raise ValueError(one_line(error)) from None
+    n_accumulated, rest = divmod(cfg.batch_size, execution.micro_batch_size * trainer.world_size)
+    if rest or n_accumulated < 1:
+        raise ValueError(
+            f"batch_size {cfg.batch_size} is not a multiple of micro_batch_size "
+            f"{execution.micro_batch_size} x {trainer.world_size} devices"
+        )
+    trainer.accumulate_grad_batches = n_accumulated
+    trainer.val_check_interval = val_every * n_accumulated
+    return trainer
+
+
+def make_module(cfg: DictConfig, model: LanguageModel, data: TokenData, n_steps: int) -> LitLM:
+    """How the model is trained: loss, optimizer and schedule."""
+    optim = {k: cfg.optim[k] for k in ("peak_lr", "betas", "eps", "weight_decay", "lr_scale")}
+    # under float16 the scaler must see the gradients before the step, which a fused one hides
+    optim["fused"] = cfg.precision != "16-mixed"
+    token_bytes = data.tokenizer.token_bytes()
+    if cfg.execution.compile:
+        for block in model.blocks:
+            block.compile()  # in place: checkpoint keys stay; by block: one layer's compile time
+    return LitLM(
+        model,
+        make_optimizer=lambda m: make_optimizer(m, **optim),
+        schedule=make(cfg.schedule.function, Schedule),
+        total_steps=n_steps,
+        loss=cfg.execution.loss,
+        penalty=cfg.optim.max_logit_penalty,
+        grad_clip=cfg.optim.grad_clip,
+        token_bytes=None if token_bytes is None else torch.as_tensor(token_bytes.astype("int64")),
+        chunk_len=cfg.truncate or cfg.execution.chunk_len,
+        truncated=cfg.truncate is not None,
+    )
+
+
+def check_data(run: RunDir, data: TokenData) -> None:
+    """Raise ValueError if the run, or the one that it continues, was trained on other data."""
+    before = run.manifest or getattr(continued_run(run), "manifest", {})
+    if before.get("data", {}).get("fingerprint", data.fingerprint) != data.fingerprint:
+        raise ValueError(
+            f"{run.path} was trained on other data than {data.path} now holds: "
+            "choose another suite=NAME, or remove that folder to train again"
+        )
+
+
+def remove_leftovers(run: RunDir) -> None:
+    """Remove what a process that was killed while it wrote left under temporary names."""
+    written = (run.manifest_file, run.tokenizer_file, run.metrics_file, run.result_file)
+    for file in (*written, run.error_file):
+        for leftover in run.path.glob(f".{file.name}.*"):
+            remove(leftover)
+    for leftover in run.checkpoints.glob(".*"):
+        remove(leftover)
+
+
+def finish(run: RunDir, trainer: L.Trainer, model: LanguageModel) -> None:
+    """Save a last time and write the result."""
+    trainer.save_checkpoint(run.checkpoints / LAST)
+    trainer.strategy.checkpoint_io.teardown()  # waits until it is written
+    if trainer.is_global_zero:
+        for name in (BEST, LAST):
+            make_whole(run.checkpoints / name)
+        flops = model.flops_per_token(run.config.ctx_len)
+        write_json(run.result_file, summarise(MetricsFile(run.metrics_file), flops))
+        print(f"{run.name}: {run.summary()}", flush=True)
 
 
 def quiet_lightning() -> None:
@@ -206,66 +291,3 @@ def quiet_lightning() -> None:
         ".*FSDP2-wrapped module .* returned a view.*",  # which nothing changes in place
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def attempt(run: RunDir) -> None:
-    """``fit`` with the run locked; a failure leaves its reason in ``error.txt``.
-
-    Raises:
-        RunFailed: if training failed.
-        SystemExit: `BUSY`, if another process holds the run.
-        ValueError, OSError: for bad input, found before training began.
-    """
-    try:
-        with run.lock(wait=True) if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
-            if run.finished:  # by another process, after who started this one looked
-                print(f"{run.name}: finished already", flush=True)
-            else:
-                attempt_locked(run)
-    except RunLocked as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(BUSY) from None
-
-
-def attempt_locked(run: RunDir) -> None:
-    error_file = run.error_file
-    if getattr(rank_zero_only, "rank", 0) == 0:
-        error_file.unlink(missing_ok=True)
-    try:
-        fit(run)
-    except Exception as error:
-        reason = explain(error, run)
-        lost = is_lost_peer(error)
-        with suppress(OSError):  # a full disk: the reason is printed
-            if not (lost and error_file.is_file()):  # the one that was lost says why
-                write_text(error_file, f"{reason}\n\n{traceback.format_exc()}")
-        if isinstance(error, ValueError | OSError | ImportError) and not run.manifest:
-            raise  # bad input: nothing was trained
-        if lost or isinstance(error, (*REPORTED, LossNotFinite, torch.OutOfMemoryError)):
-            raise RunFailed(reason) from error
-        raise
-
-
-def explain(error: Exception, run: RunDir) -> str:
-    """One line: what went wrong, and what to do about it."""
-    cfg = run.config
-    if isinstance(error, LossNotFinite):
-        last = run.checkpoints / "last.ckpt"
-        kept = (
-            f"checkpoint of step {read_checkpoint(last)['global_step']} kept; "
-            if last.exists()
-            else ""
-        )
-        return f"{error}; {kept}lower optim.peak_lr={cfg.optim.peak_lr} or use precision=32-true"
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            "out of memory: halve execution.micro_batch_size="
-            f"{cfg.execution.micro_batch_size}, set execution.loss=chunked, execution.chunk_len="
-            f"{max(1, cfg.ctx_len // 4)} or execution.grad_checkpoint=true"
-        )
-    if is_lost_peer(error):
-        return (
-            "another process of this run ended or cannot be reached: see what it printed; the same "
-            "command resumes from the last checkpoint"
-        )
-    return one_line(error)

@@ -21,16 +21,12 @@ from experiments.runs.metrics import MetricsFile
 from experiments.runs.run_dir import RunDir
 
 RETRY_S = 60.0  # between attempts to reach a logger that failed
-# of each: its package, and the settings that a config may give it, which never hold an address
-KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
-    "tensorboard": ("tensorboard", ()),
-    "wandb": ("wandb", ("project", "entity", "group", "job_type", "tags", "notes")),
-    "mlflow": ("mlflow", ("experiment_name",)),
-}
 
 
 class TensorBoard(TensorBoardLogger):
     """Event files in ``tensorboard/`` of the run, written from the first row at every start."""
+
+    SETTINGS: tuple[str, ...] = ()  # what a config may set; of no logger an address
 
     def __init__(self, run: RunDir, **settings: Any) -> None:
         shutil.rmtree(run.path / "tensorboard", ignore_errors=True)
@@ -52,6 +48,8 @@ class WandB(WandbLogger):
     folders of earlier starts go to ``wandb/superseded/``. Online, W&B takes each step once: of one
     where a run was stopped before its validation it has the training row alone.
     """
+
+    SETTINGS = ("project", "entity", "group", "job_type", "tags", "notes")
 
     def __init__(self, run: RunDir, **settings: Any) -> None:
         folder = run.path / "wandb"
@@ -78,6 +76,7 @@ class MLflow(MLFlowLogger):
     MLFLOW_TRACKING_URI says where it is; by default in mlflow.db beside the suites.
     """
 
+    SETTINGS = ("experiment_name",)
     TAG = "rwkv_parity.identity"
 
     def __init__(self, run: RunDir, experiment_name: str) -> None:
@@ -88,8 +87,8 @@ class MLflow(MLFlowLogger):
         client = self._mlflow_client
         self.last_steps: dict[str, int] = {}
         if found := client.get_experiment_by_name(str(experiment_name)):
-            mine = f"tags.`{self.TAG}` = '{identity(run)}'"
-            for before in client.search_runs([found.experiment_id], mine)[:1]:
+            of_run = f"tags.`{self.TAG}` = '{identity(run)}'"
+            for before in client.search_runs([found.experiment_id], of_run)[:1]:
                 self._run_id = before.info.run_id
                 client.update_run(self._run_id, status="RUNNING")
                 for key in before.data.metrics:
@@ -141,9 +140,8 @@ class Loggers(Logger):
         logger = CLASSES[name](self.run, **self.settings[name])
         logger.log_hyperparams(flatten(plain(self.run.config)))
         for row in MetricsFile(self.run.metrics_file).rows():
-            send(
-                logger, {key: float(value) for key, value in row.items() if value}, int(row["step"])
-            )
+            measured = {key: float(value) for key, value in row.items() if value}
+            send(logger, measured, int(row["step"]))
         return logger
 
     def report(self, name: str, error: Exception) -> None:
@@ -185,13 +183,12 @@ def make_loggers(cfg: DictConfig, run: RunDir) -> Loggers | None:
     """
     settings = plain(cfg.execution.logger)
     for name, given in settings.items():
-        if name not in KNOWN:
-            raise ValueError(f"logger {name!r} is unknown: choose {', '.join(KNOWN)}")
-        package, keys = KNOWN[name]
-        if unknown := sorted(given.keys() - set(keys)):
-            known = ", ".join(keys) or "none"
+        if name not in CLASSES:
+            raise ValueError(f"logger {name!r} is unknown: choose {', '.join(CLASSES)}")
+        if unknown := sorted(given.keys() - set(CLASSES[name].SETTINGS)):
+            known = ", ".join(CLASSES[name].SETTINGS) or "none"
             raise ValueError(f"logger.{name} has no setting {unknown[0]!r}; it has: {known}")
-        if importlib.util.find_spec(package) is None:
+        if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"logger={name} needs: pip install -e '.[{name}]'")
     return Loggers(run, settings) if settings else None
 

@@ -13,7 +13,7 @@ IGNORE = -100  # targets that do not count
 CHUNK = 256  # positions whose logits loss=chunked holds at once: 50 MB at a vocabulary of 50k
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """x in float32 if its dtype is a narrower one."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -35,11 +35,13 @@ def cross_entropy(
     x, targets = x.flatten(0, 1), targets.flatten()
     if loss == "full":
         logits = head(x)
-        nats = F.cross_entropy(wide(logits), targets, reduction=reduction, ignore_index=IGNORE)
+        nats = F.cross_entropy(
+            at_least_float32(logits), targets, reduction=reduction, ignore_index=IGNORE
+        )
         return nats, logits
 
     def part(x: Tensor, targets: Tensor) -> Tensor:
-        logits = wide(head(x))
+        logits = at_least_float32(head(x))
         return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE)
 
     # each chunk's logits are made again in the backward pass
@@ -63,11 +65,12 @@ def max_logit_penalty(x: Tensor, head: nn.Linear, logits: Tensor | None) -> Tens
         logits: (B*T, V), or None: then found again, in chunks.
     """
     if logits is not None:
-        return wide(logits.max(-1).values).square().mean()  # of equal ones, one gets it all
+        largest_logits = logits.max(-1).values  # of equal ones, one gets all of the gradient
+        return at_least_float32(largest_logits).square().mean()
     x = x.flatten(0, 1)
     with torch.no_grad():
         largest = torch.cat([head(part).argmax(-1) for part in x.split(CHUNK)])  # (B*T,)
-    z_max = (wide(x) * wide(head.weight[largest])).sum(-1)
+    z_max = (at_least_float32(x) * at_least_float32(head.weight[largest])).sum(-1)
     return z_max.square().mean()
 
 
@@ -79,8 +82,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """
     parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
-    own = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    total = torch.stack(torch._foreach_norm(own, 2, dtype=torch.float64)).square().sum()
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    total = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float64)).square().sum()
     if any(isinstance(g, DTensor) for g in gradients):  # each process has its rows of all
         distributed.all_reduce(total)
     norm = total.sqrt().float()

@@ -15,17 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-from experiments.config.entry import CONF_DIR
 from experiments.runs.checkpoints.reading import read_checkpoint
 from experiments.runs.metrics import MetricsFile
 from experiments.runs.run_dir import RunDir
 from experiments.training.fit import fit
 
-from ..small_runs import rows
+from ..small_runs import ROOT, freeze_in, rows, text_in
 
-ROOT = Path(__file__).resolve().parents[2]
 N_STEPS, LOG_EVERY, N_VALIDATIONS = 24, 5, 4
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
@@ -38,30 +35,22 @@ AIMS: dict[str, tuple[list[str], int]] = {
 }
 
 
+# validates, accumulates, and saves after every step
+SMALL = [
+    "data=text", "data.val_tokens=300", "trainer=cpu", "size=pico", "ctx_len=32", "batch_size=4",
+    f"budget_tokens={N_STEPS * 128}", f"n_validations={N_VALIDATIONS}",
+    "execution.micro_batch_size=2", "execution.n_threads=1", f"execution.log_every={LOG_EVERY}",
+    "execution.checkpoint_every_min=1e-9",
+]  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def freeze(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunDir]:
-    """Freeze a run that validates, accumulates, and saves after every step."""
-    folder = tmp_path_factory.mktemp("faults")
-    text = folder / "a.txt"
-    text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(2000)))
+    """Freeze a run that is to be disturbed."""
+    text = text_in(tmp_path_factory.mktemp("faults"))
 
     def make(runs: Path, *overrides: str, model: str = "rwkv4") -> RunDir:
-        given = [
-            f"model={model}",
-            "size=pico",
-            *("data=text", f"data.source.paths={text}", "data.val_tokens=300", "trainer=cpu"),
-            *(
-                "ctx_len=32",
-                "batch_size=4",
-                "execution.micro_batch_size=2",
-                "execution.n_threads=1",
-            ),
-            *(f"budget_tokens={N_STEPS * 128}", f"execution.log_every={LOG_EVERY}"),
-            *(f"n_validations={N_VALIDATIONS}", "execution.checkpoint_every_min=1e-9"),
-            *(f"paths.runs={runs}", f"paths.data={folder / 'data'}", *overrides),
-        ]
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            return RunDir.freeze(compose("train", overrides=given), [])
+        return freeze_in(runs, text, *overrides, small=[*SMALL, f"model={model}"])
 
     return make
 
@@ -133,29 +122,29 @@ def kill(
 ) -> Callable[[str, int], Counter[str]]:
     """Kill trainings of a model a number of times, at any time and before operations on files.
 
-    Each is started again until it is done, and compared with the undisturbed one. Returns how many
-    kills were where, and how many trainings they were.
+    Each is started again until it is done, and compared with the undisturbed one. The result says
+    how many kills were aimed at what, and how many trainings they were.
     """
 
     def kill(model: str, n_kills: int) -> Counter[str]:
         whole, seconds = undisturbed(model)
         draw, counts, n_done = random.Random(f"{model}/{n_kills}"), Counter[str](), 0
-        places = ["any time", *AIMS, "any time"]
+        aims = ["any time", *AIMS, "any time"]
         while n_done < n_kills:
             assert counts["trainings"] < 10 + n_kills, f"no kill arrives any more: {counts}"
             run = freeze(tmp_path_factory.mktemp("killed"), model=model)
             counts["trainings"] += 1
             while not run.finished:
-                place = places[n_done % len(places)] if n_done < n_kills else "nowhere"
+                aim = aims[n_done % len(aims)] if n_done < n_kills else "nothing"
                 number = draw.choice(SIGNALS)
-                code = strike(server, run, place, number, draw, seconds)
+                code = strike(server, run, aim, number, draw, seconds)
                 if code == 0:  # it came too late
                     assert run.finished
                     continue
                 log = (run.path / "log.txt").read_text()
-                assert code in (-number, CODES.get(number)), (place, number, log)
+                assert code in (-number, CODES.get(number)), (aim, number, log)
                 n_done += 1
-                counts[place] += 1
+                counts[aim] += 1
             assert_same(whole, run)
         return counts
 
@@ -163,16 +152,16 @@ def kill(
 
 
 def strike(
-    server: Server, run: RunDir, place: str, number: int, draw: random.Random, seconds: float
+    server: Server, run: RunDir, aim: str, number: int, draw: random.Random, seconds: float
 ) -> int:
-    """Start a training, let a signal come in some place, and return its exit code."""
-    if place in AIMS:
-        files, n_operations = AIMS[place]
+    """Start a training, let a signal come as aimed, and return its exit code."""
+    if aim in AIMS:
+        files, n_operations = AIMS[aim]
         count = draw.randint(1, n_operations)
         server.start(run, {"files": files, "count": count, "signal": number})
         return server.wait()
     pid = server.start(run)
-    if place == "any time":
+    if aim == "any time":
         time.sleep(draw.uniform(0, 0.8 * seconds))
         with suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -193,7 +182,7 @@ def assert_same(whole: RunDir, run: RunDir) -> None:
         for key in ("state_dict", "optimizer_states", "lr_schedulers"):
             assert_equal(a[key], b[key])
     assert rows(whole) == rows(run)
-    table = MetricsFile(run.path / "metrics.csv").rows()
+    table = MetricsFile(run.metrics_file).rows()
     steps = [int(row["step"]) for row in table if row["train/loss"]]
     assert steps == [n for n in range(1, N_STEPS + 1) if n % LOG_EVERY == 0 or n == N_STEPS]
     times = [float(row["time_s"]) for row in table]

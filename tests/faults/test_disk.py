@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from experiments.config.entry import RunFailed
-from experiments.runs.checkpoints.files import to_go_on_from
+from experiments.runs.checkpoints.files import checkpoint_to_resume
 from experiments.runs.run_dir import RunDir
 from experiments.training.fit import attempt
 from experiments.training.module import LitLM
@@ -78,7 +78,7 @@ def test_a_disk_fails_under_a_running_job(
     assert "\n" not in message
     assert ("No space left on device" if fault == "full" else "Read-only file system") in message
     assert str(run.path) in message
-    assert to_go_on_from(folder) == folder / "last.ckpt"
+    assert checkpoint_to_resume(folder) == folder / "last.ckpt"
     with pytest.raises((RunFailed, OSError), match=re.escape(str(run.path))):  # still
         attempt(RunDir(run.path))
     if fault == "full":

@@ -2,7 +2,7 @@
 
 ``last.ckpt`` and ``best.ckpt`` are written beside their place and renamed into it; what was
 ``last.ckpt`` becomes ``previous.ckpt``. A kill between any two of these steps leaves a checkpoint
-to go on from, and ``checksums.json`` knows it.
+to resume from, and ``checksums.json`` knows it.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from experiments.runs.checkpoints.checksums import CHECKSUMS, digest, is_whole, known_digests
 from experiments.runs.checkpoints.reading import read_checkpoint
-from experiments.system.files import remove, replace, sync, write_json
+from experiments.system.files import beside, replace, sync, write_json
 
 LAST, PREVIOUS, BEST, DAMAGED = "last.ckpt", "previous.ckpt", "best.ckpt", "damaged.ckpt"
 
@@ -79,20 +79,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None
     ) -> None:
         target = Path(path)
-        new = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            with saving(target):
-                try:
-                    self._write(checkpoint, new, target)
-                except FileNotFoundError:  # somebody removed the folder meanwhile
-                    self._write(checkpoint, new, target)
-        finally:
-            remove(new)
-
-    @staticmethod
-    def _write(checkpoint: dict[str, Any], new: Path, target: Path) -> None:
-        target.parent.mkdir(exist_ok=True)
-        put(new, target, write(checkpoint, new))
+        with saving(target), beside(target) as new:
+            try:
+                write_and_put(checkpoint, new, target)
+            except FileNotFoundError:  # somebody removed the folder meanwhile
+                write_and_put(checkpoint, new, target)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
@@ -134,6 +125,11 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
             writing.result()
 
 
+def write_and_put(checkpoint: dict[str, Any], new: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    put(new, target, write(checkpoint, new))
+
+
 def put(new: Path, target: Path, sha256: str) -> None:
     """Rename a whole new checkpoint, a file or a folder beside its target, into its place."""
     folder, known = target.parent, known_digests(target.parent)
@@ -154,8 +150,7 @@ def put(new: Path, target: Path, sha256: str) -> None:
 
 def duplicate(source: Path, target: Path) -> None:
     """Make a checkpoint a copy of another one."""
-    new = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
+    with beside(target) as new:
         if source.is_dir():
             shutil.copytree(source, new)
         else:
@@ -163,12 +158,10 @@ def duplicate(source: Path, target: Path) -> None:
         for path in [new, *(new.iterdir() if new.is_dir() else ())]:
             sync(path)
         put(new, target, digest(new))
-    finally:
-        remove(new)
 
 
-def to_go_on_from(folder: Path) -> Path | None:
-    """The checkpoint of a folder that a run goes on from, or None if there is none.
+def checkpoint_to_resume(folder: Path) -> Path | None:
+    """The checkpoint of a folder that a run resumes from, or None if there is none.
 
     The last one if it is whole; else, with a warning, the one before. A damaged last one is
     renamed, lest it takes the place of the good one at the next save.
@@ -197,9 +190,9 @@ def to_go_on_from(folder: Path) -> Path | None:
 
 
 def fall_back(folder: Path, damage: str) -> None:
-    """Say that a run goes on from the checkpoint before the last, and put the last one aside."""
+    """Warn that a run resumes from the checkpoint before the last; put the last one aside."""
     reason = damage or f"{folder / LAST} is missing"
-    print(f"warning: {reason}; going on from {PREVIOUS}", file=sys.stderr, flush=True)
+    print(f"warning: {reason}; resuming from {PREVIOUS}", file=sys.stderr, flush=True)
     if (folder / LAST).exists():
         replace(folder / LAST, folder / DAMAGED)
 

@@ -5,7 +5,6 @@ back whole, on any number of processes. torch.distributed.checkpoint's own folde
 reading one runs the pickles in it.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from experiments.runs.checkpoints.files import put, write
 from experiments.runs.checkpoints.reading import SHARDED, map_tensors, read_shards
-from experiments.system.files import remove
+from experiments.system.files import beside
 
 
 def rows_of(whole: Tensor, rank: int, n_ranks: int) -> Tensor:
@@ -44,8 +43,5 @@ def write_shard(
 def make_whole(path: Path) -> None:
     """Put a file, as any other strategy writes it, in the place of a folder of shards."""
     if path.is_dir():
-        new = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with beside(path) as new:
             put(new, path, write(read_shards(path), new))
-        finally:
-            remove(new)

@@ -7,14 +7,12 @@ import pytest
 
 from experiments.runs.run_dir import RunDir
 
-from ...small_runs import freeze_in
+from ...small_runs import freeze_in, text_in
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "a.txt"
-    path.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(2000)))
-    return path
+    return text_in(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture

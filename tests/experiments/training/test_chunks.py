@@ -1,19 +1,17 @@
 """chunk_len: a sequence read in chunks gives the loss and the gradients of the whole sequence."""
 
 import ctypes
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from experiments.config.checks import check_config
 from experiments.config.entry import CONF_DIR
 from experiments.config.identity import (
     config_difference,
@@ -21,9 +19,6 @@ from experiments.config.identity import (
     plain,
     run_tag,
 )
-from experiments.runs.metrics import MetricsFile
-from experiments.runs.run_dir import RunDir
-from experiments.training.fit import fit
 from experiments.training.loss import IGNORE
 from experiments.training.module import LitLM
 from models.gpt.model import GPT
@@ -36,13 +31,6 @@ BUILD: dict[str, Callable[..., LanguageModel]] = {
     "rwkv4": lambda **more: RWKV4(V, n_layer=2, n_embd=12, ctx_len=64, **more),
     "gpt": lambda **more: GPT(V, n_layer=2, n_embd=16, n_head=2, ctx_len=64, **more),
 }
-SMALL = [
-    "data=text",
-    "debug=smoke",
-    "trainer=cpu",
-    "execution.n_threads=1",
-    "data.val_tokens=70000",
-]
 
 
 def lit(model: LanguageModel, **options: Any) -> LitLM:
@@ -115,22 +103,18 @@ def test_truncated_is_the_gradient_with_the_state_detached(family: str) -> None:
     cut = gradients(lit(model, chunk_len=8, truncated=True), (ids, targets))
     model.zero_grad()
     state, nats = model.init_state(B), torch.zeros((), dtype=torch.float64)
-    for start in range(0, T, 8):
-        piece = slice(start, start + 8)
-        x, after = model.features(ids[:, piece], {k: v.detach() for k, v in state.items()})
+    for part, wanted in zip(ids.split(8, 1), targets.split(8, 1), strict=True):
+        x, after = model.features(part, {k: v.detach() for k, v in state.items()})
         assert after is not None
         state = after
-        nats = nats + torch.nn.functional.cross_entropy(
-            model.head(x).flatten(0, 1),
-            targets[:, piece].flatten(),
-            reduction="sum",
-            ignore_index=IGNORE,
+        logits = model.head(x).flatten(0, 1)
+        nats = nats + F.cross_entropy(
+            logits, wanted.flatten(), reduction="sum", ignore_index=IGNORE
         )
     (nats / (targets != IGNORE).sum()).backward()
-    by_hand = [p.grad for p in model.parameters()]
-    for a, b in zip(cut[2:], by_hand, strict=True):
-        assert b is not None
-        assert relative(a, b) < 1e-10
+    for a, p in zip(cut[2:], model.parameters(), strict=True):
+        assert p.grad is not None
+        assert relative(a, p.grad) < 1e-10
     whole = gradients(lit(model, chunk_len=8), (ids, targets))
     assert relative(cut[0], whole[0]) < 1e-12  # the same loss
     assert max(relative(a, b) for a, b in zip(cut[2:], whole[2:], strict=True)) > 1e-3
@@ -195,84 +179,14 @@ def test_peak_memory_does_not_grow_with_the_sequence() -> None:
         args = [sys.executable, "-c", PEAK, str(length), str(chunk_len)]
         return int(subprocess.run(args, capture_output=True, text=True, check=True).stdout)
 
-    short, long, whole = peak(2048, 1024), peak(16384, 1024), peak(16384, 0)
-    assert whole > 150e6  # else this test measures nothing
+    short, long, whole = peak(1024, 512), peak(8192, 512), peak(8192, 0)
+    assert whole > 75e6  # else this test measures nothing
     assert long < short + 0.05 * whole
-
-
-def frozen(runs: Path, *overrides: str) -> RunDir:
-    text = runs.parent / "a.txt"
-    if not text.exists():
-        text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(12000)))
-    given = [
-        *SMALL,
-        f"data.source.paths={text}",
-        f"paths.runs={runs}",
-        f"paths.data={runs.parent / 'data'}",
-        *overrides,
-    ]
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return RunDir.freeze(compose("train", overrides=given), overrides)
-
-
-@pytest.mark.slow
-def test_a_long_context_trains(tmp_path: Path) -> None:
-    long = ["ctx_len=65536", "batch_size=1", "budget_tokens=131072"]
-    more = ["execution.chunk_len=2048", "data.source.val_fraction=0.25"]
-    run = frozen(tmp_path / "runs", *long, *more)
-    fit(run)
-    assert run.result is not None
-    assert run.result["step"] == 2
-    assert run.result["val/loss"] < 5.5
-
-
-@pytest.mark.parametrize("model", ["rwkv4", "gpt"])
-def test_a_run_in_chunks_is_the_run_without(tmp_path: Path, model: str) -> None:
-    """The trainer, with accumulated micro-batches: the same rows, in the same directory."""
-    losses = []
-    for runs, extra in (("whole", []), ("parts", ["execution.chunk_len=24"])):
-        few = [f"model={model}", "budget_tokens=1024", "execution.micro_batch_size=2", "ctx_len=64"]
-        run = frozen(tmp_path / runs, *few, "data.val_tokens=500", *extra)
-        fit(run)
-        metrics = MetricsFile(run.path / "metrics.csv")
-        losses.append([v for name in ("train/loss", "val/loss") for _, v in metrics.column(name)])
-        assert run.path.name.count("chunk_len") == 0
-    assert len(losses[0]) == 6
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
-@pytest.mark.parametrize("family", BUILD)
-def test_compiled_blocks_take_a_state(family: str) -> None:
-    model, given = build(family, torch.float32), batch()
-    whole = gradients(lit(model), given)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model.blocks[-1].compile()
-    for _ in range(2):
-        parts = gradients(lit(model, chunk_len=8), given)
-        assert max(relative(a, b) for a, b in zip(parts, whole, strict=True)) < 1e-4
-    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
 
 
 def composed(*overrides: str) -> Any:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return compose("train", overrides=list(overrides))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["execution.chunk_len=0"], "chunk_len is 0: it must be a whole number, 1 or more"),
-        (["execution.chunk_len=2.5"], "chunk_len is 2.5: it must be a whole number, 1 or more"),
-        (["truncate=many"], "truncate is 'many': it must be a whole number, 1 or more"),
-        (["truncate=8", "execution.chunk_len=4"], "leave out execution.chunk_len=4"),
-    ],
-)
-def test_bad_values_are_one_line(overrides: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace(".", r"\.") + "$"):
-        check_config(composed(*overrides))
 
 
 def test_chunks_count_as_another_config_only_where_they_change_the_gradients() -> None:

@@ -1,15 +1,11 @@
-"""`continue_to`: a finished run goes on to a larger budget, in a directory of its own."""
+"""`continue_to`: a finished run is continued to a larger budget, in a directory of its own."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-from experiments.config.checks import check_config
-from experiments.config.entry import CONF_DIR
 from experiments.config.targets import make
 from experiments.runs.checkpoints.reading import read_checkpoint
 from experiments.runs.metrics import MetricsFile
@@ -18,31 +14,7 @@ from experiments.training.fit import fit
 from experiments.training.module import LitLM
 from experiments.training.optimizer import Schedule
 
-
-@pytest.fixture(name="freeze")
-def frozen(tmp_path: Path) -> Callable[..., RunDir]:
-    text = tmp_path / "a.txt"
-    text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(2000)))
-
-    def freeze(*overrides: str) -> RunDir:
-        given = [
-            *("data=text", f"data.source.paths={text}", "data.val_tokens=300", "trainer=cpu"),
-            *(
-                "size=pico",
-                "ctx_len=32",
-                "batch_size=4",
-                "execution.n_threads=1",
-                "n_validations=2",
-                "execution.log_every=1",
-            ),
-            *(f"paths.runs={tmp_path / 'runs'}", f"paths.data={tmp_path / 'data'}", *overrides),
-        ]
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            cfg = compose("train", overrides=given)
-        check_config(cfg)
-        return RunDir.freeze(cfg, overrides)
-
-    return freeze
+from ...small_runs import FAMILIES
 
 
 def content(run: RunDir) -> dict[str, bytes]:
@@ -53,24 +25,20 @@ def content(run: RunDir) -> dict[str, bytes]:
     }
 
 
-def rows(run: RunDir) -> list[dict[str, str]]:
-    return MetricsFile(run.path / "metrics.csv").rows()
-
-
-@pytest.mark.parametrize("model", ["rwkv4", "gpt"])
-def test_a_finished_run_goes_on_to_a_larger_budget(
+@pytest.mark.parametrize("model", FAMILIES)
+def test_a_finished_run_is_continued_to_a_larger_budget(
     freeze: Callable[..., RunDir], model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [f"model={model}", "budget_tokens=2048"]  # 16 steps
+    command = [f"model={model}", "budget_tokens=4096"]  # 16 steps
     first = freeze(*command)
     with pytest.raises(ValueError, match="not finished: run the same command without continue_to"):
-        fit(freeze(*command, "continue_to=4096"))
+        fit(freeze(*command, "continue_to=8192"))
     fit(first)
     before = content(first)
 
-    run = freeze(*command, "continue_to=4096")
+    run = freeze(*command, "continue_to=8192")
     assert run.path.parent == first.path.parent
-    assert run.path.name == "seed=0,budget_tokens=2048,continue_to=4096"
+    assert run.path.name == "seed=0,budget_tokens=4096,continue_to=8192"
     seen: list[torch.Tensor] = []
     original = LitLM.training_step
 
@@ -89,15 +57,16 @@ def test_a_finished_run_goes_on_to_a_larger_budget(
 
     result = run.result
     assert result is not None
-    assert (result["step"], result["tokens"]) == (32, 4096)
-    assert run.manifest["budget_tokens"] == 4096
+    assert (result["step"], result["tokens"]) == (32, 8192)
+    assert run.manifest["budget_tokens"] == 8192
     assert run.manifest["continued"] == {"run": first.name, "step": 16}
-    n_before = len(rows(first))
-    assert rows(run)[:n_before] == rows(first)
-    steps = [int(row["step"]) for row in rows(run) if row["train/loss"]]
+    table = MetricsFile(run.metrics_file).rows()
+    n_before = len(MetricsFile(first.metrics_file).rows())
+    assert table[:n_before] == MetricsFile(first.metrics_file).rows()
+    steps = [int(row["step"]) for row in table if row["train/loss"]]
     assert steps == list(range(1, 33))
     schedule = make(run.config.schedule.function, Schedule)
-    rates = {int(row["step"]): float(row["lr"]) for row in rows(run) if row["lr"]}
+    rates = {int(row["step"]): float(row["lr"]) for row in table if row["lr"]}
     peak = run.config.optim.peak_lr
     for step in range(17, 33):  # of the new budget from the first new step on
         assert rates[step] == pytest.approx(peak * schedule(step - 1, 32))
@@ -112,8 +81,8 @@ def test_a_finished_run_goes_on_to_a_larger_budget(
     fit(RunDir(run.path))
     assert run.result == result
     assert run.manifest["continued"] == {"run": first.name, "step": 16}
-    # sample n of the run is the same whatever its budget
-    whole = freeze(f"model={model}", "budget_tokens=4096")
+    # sample n of a run is the same whatever its budget
+    whole = freeze(f"model={model}", "budget_tokens=8192")
     later: list[torch.Tensor] = []
 
     def spy_all(self: LitLM, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -130,10 +99,10 @@ def test_what_cannot_be_continued_is_one_line(freeze: Callable[..., RunDir]) -> 
         freeze("budget_tokens=2048", "continue_to=2100")
     with pytest.raises(ValueError, match=r"continue_to is 'x': it must be a number"):
         freeze("budget_tokens=2048", "continue_to=x")
-    first = freeze("model=rwkv4", "size=pico", "budget_tokens=256")
+    first = freeze("model=rwkv4", "size=pico", "budget_tokens=512")
     fit(first)
     (first.path / "config.yaml").write_text(
         (first.path / "config.yaml").read_text().replace("n_validations: 2", "n_validations: 1")
     )
     with pytest.raises(ValueError, match=r"has another config \(n_validations: 1 -> 2\)"):
-        fit(freeze("model=rwkv4", "size=pico", "budget_tokens=256", "continue_to=512"))
+        fit(freeze("model=rwkv4", "size=pico", "budget_tokens=512", "continue_to=1024"))

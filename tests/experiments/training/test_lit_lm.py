@@ -1,6 +1,5 @@
-"""The loss, its penalty and bits per byte, against values worked out another way."""
+"""The loss and its penalty, against values worked out another way."""
 
-import math
 import subprocess
 import sys
 
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from experiments.training.loss import bits_per_byte, cross_entropy, max_logit_penalty
+from experiments.training.loss import cross_entropy, max_logit_penalty
 
 
 def problem(B: int = 3, T: int = 5, C: int = 8, V: int = 11) -> tuple:
@@ -53,8 +52,8 @@ def test_chunked_never_holds_the_logits() -> None:
     """Peak memory of a 50k vocabulary in fresh processes: full holds (N, V) float32 thrice over."""
     code = (
         "import sys, torch\n"
-        "from experiments.training.module import cross_entropy\n"
-        "from experiments.training.manifest import peak_resident_bytes\n"
+        "from experiments.training.loss import cross_entropy\n"
+        "from experiments.system.machine import peak_resident_bytes\n"
         "torch.set_num_threads(1)\n"
         "x = torch.randn(1, 2048, 64, requires_grad=True)\n"
         "head = torch.nn.Linear(64, 50277, bias=False)\n"
@@ -96,8 +95,3 @@ def test_penalty_accumulates_like_a_loss() -> None:
         for half in x.split(2)
     ]
     torch.testing.assert_close(whole, halves[0] + halves[1])
-
-
-def test_bits_per_byte() -> None:
-    assert bits_per_byte(8 * math.log(2), 4) == pytest.approx(2.0)
-    assert bits_per_byte(1.0, 0) is None

@@ -1,4 +1,4 @@
-"""metrics.csv: rows that a logger gets too, rewinding, the summary, speed without validations."""
+"""metrics.csv: rewinding, the summary, speed without validations."""
 
 import csv
 from collections.abc import Callable
@@ -10,17 +10,6 @@ import pytest
 from experiments.runs.metrics import MetricsFile, summarise
 from experiments.runs.run_dir import RunDir
 from experiments.training.fit import fit
-
-
-def test_other_loggers_get_the_same_rows(freeze: Callable[..., RunDir]) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = freeze("logger=tensorboard")
-    fit(run)
-    events = accumulator.EventAccumulator(str(run.path / "tensorboard"))
-    events.Reload()
-    for name in ("train/loss", "val/loss", "perf/tokens_per_s"):
-        logged = [(e.step, pytest.approx(e.value, rel=1e-5)) for e in events.Scalars(name)]
-        assert logged == MetricsFile(run.path / "metrics.csv").column(name)
 
 
 def test_metrics_rewind_drops_what_is_trained_again_and_a_cut_line(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The train command in processes of its own: a sweep, kill -9, errors of one line."""
+"""The train command in processes of its own: kill -9, signals, errors of one line."""
 
 import os
 import signal
@@ -16,37 +16,9 @@ from ...small_runs import ROOT, command, freeze_in, rows, same, weights
 
 
 @pytest.mark.slow
-def test_sweep_skips_what_is_done_and_lists_what_failed(tmp_path: Path, text: Path) -> None:
-    sweep = command(tmp_path, text, "model=rwkv4,gpt", "size=nano", "ctx_len=64,100000", "-m")
-    done = subprocess.run(sweep, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2  # how many failed
-    assert "2 trained, 0 finished before, 2 failed" in done.stdout
-    assert done.stderr.count("failed: ") == 2
-    assert "Traceback" not in done.stderr
-    results = sorted((tmp_path / "runs" / "debug").glob("*/*/result.json"))
-    assert len(results) == 2
-    assert not list((tmp_path / "runs").glob("*/*/*100000*"))  # bad input leaves nothing
-    before = [path.stat().st_mtime_ns for path in results]
-    again = subprocess.run(
-        command(tmp_path, text, "model=rwkv4,gpt", "size=nano", "ctx_len=64", "-m"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert again.returncode == 0, again.stderr
-    assert "0 trained, 2 finished before, 0 failed" in again.stdout
-    assert before == [path.stat().st_mtime_ns for path in results]
-
-
-@pytest.mark.slow
 def test_kill_minus_nine_then_the_same_command(tmp_path: Path, text: Path) -> None:
-    overrides = [
-        "model=rwkv4",
-        "size=nano",
-        "budget_tokens=51200",
-        "execution.checkpoint_every_min=0.000001",
-    ]
-    args = command(tmp_path, text, *overrides)
+    more = ["model=rwkv4", "budget_tokens=25600", "execution.checkpoint_every_min=0.000001"]
+    args = command(tmp_path / "runs", text, *more)
     child = subprocess.Popen(args, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     metrics: list[Path] = []
@@ -60,9 +32,7 @@ def test_kill_minus_nine_then_the_same_command(tmp_path: Path, text: Path) -> No
     again = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     killed = RunDir(metrics[0].parent)
-    straight = subprocess.run(
-        [a.replace(str(tmp_path / "runs"), str(tmp_path / "straight")) for a in args], cwd=ROOT
-    )
+    straight = subprocess.run(command(tmp_path / "straight", text, *more), cwd=ROOT)
     assert straight.returncode == 0
     other = RunDir(next((tmp_path / "straight").glob("*/*/*")))
     assert rows(killed) == rows(other)
@@ -71,24 +41,13 @@ def test_kill_minus_nine_then_the_same_command(tmp_path: Path, text: Path) -> No
 
 @pytest.mark.slow
 def test_command_line_errors_are_one_line(tmp_path: Path, text: Path) -> None:
-    for overrides in (
-        ["modell=x"],
-        ["model=rwkv5"],
-        ["nosuch=1"],
-        ["budget_tokens=1"],
-        ["backprop=truncated"],
-        ["execution.backend=cuda"],  # not on a CPU
-        ["execution.backend=cpu", "model=gpt"],
-    ):
-        done = subprocess.run(
-            command(tmp_path, text, *overrides), cwd=ROOT, capture_output=True, text=True
-        )
+    for overrides in (["modell=x"], ["model=rwkv5"], ["execution.backend=cpu", "model=gpt"]):
+        args = command(tmp_path / "runs", text, *overrides)
+        done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2, (overrides, done.stderr)
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "runs" / "debug").exists() or not list(
-        (tmp_path / "runs" / "debug").glob("*/*")
-    )
+    assert not list((tmp_path / "runs").glob("debug/*/*"))
 
 
 @pytest.mark.slow
@@ -117,14 +76,14 @@ def test_signals_to_all_processes_of_a_run_with_workers(tmp_path: Path, text: Pa
             assert child.poll() is None
             time.sleep(0.05)
         os.killpg(child.pid, number)
-        assert "saved; the same command goes on" in child.communicate(timeout=120)[1]
+        assert "saved; the same command resumes it" in child.communicate(timeout=120)[1]
         assert child.returncode == code
         n_rows = len(rows(run))
 
 
 @pytest.mark.slow
 def test_bad_input_removes_no_training(tmp_path: Path, text: Path) -> None:
-    run = freeze_in(tmp_path / "runs", text, "ctx_len=100000")  # longer than the text
+    run = freeze_in(tmp_path / "runs", text, "ctx_len=100000", "budget_tokens=1e9")
     last = run.path / "checkpoints" / "last.ckpt"
     last.parent.mkdir()
     last.touch()

@@ -25,9 +25,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     return RunDir(path)
 
 
+NAMES = ("lr", "train/loss", "val/loss", "val/bpb")  # each is measured once a step
+
+
 def wanted(metrics: MetricsFile) -> Series:
-    names = ("lr", "train/loss", "val/loss", "val/bpb")  # each once a step
-    return {name: metrics.column(name) for name in names}
+    return {name: metrics.column(name) for name in NAMES}
+
+
+def logged(series: Series) -> Series:
+    return {name: series[name] for name in NAMES}
 
 
 def approx(series: Series) -> Any:

@@ -19,7 +19,7 @@ from experiments.runs.run_dir import RunDir
 from experiments.training import loggers
 from experiments.training.loggers import Loggers, make_loggers
 
-from .conftest import Series, approx, of_tensorboard, wanted
+from .conftest import Series, approx, logged, of_tensorboard, wanted
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "tensorboard": {},
@@ -119,13 +119,13 @@ def survives(run: RunDir, name: str, read: Callable[[RunDir], tuple[str, Series]
     train(again, saved, 50, 100)
     again.finalize("success")
     first = read(run)
-    assert {k: v for k, v in first[1].items() if k in wanted(saved)} == approx(wanted(saved))
+    assert logged(first[1]) == approx(wanted(saved))
     longer = start(run, name)
     train(longer, saved, 110, 120)
     longer.finalize("success")
     identity, series = read(run)
     assert identity == first[0]
-    assert {k: v for k, v in series.items() if k in wanted(saved)} == approx(wanted(saved))
+    assert logged(series) == approx(wanted(saved))
 
 
 def test_tensorboard_holds_what_metrics_csv_holds(run: RunDir) -> None:
@@ -167,7 +167,7 @@ def test_a_logger_that_fails_is_reported_once_and_catches_up(
     train(made, metrics, 70, 80)  # not yet retried
     made.finalize("success")
     series = of_tensorboard(run)[1]
-    assert {k: v for k, v in series.items() if k in wanted(metrics)} == approx(wanted(metrics))
+    assert logged(series) == approx(wanted(metrics))
 
 
 def test_processes_that_log_nothing_make_nothing(run: RunDir) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,43 +13,27 @@ from experiments.relog import relog
 from experiments.runs.metrics import MetricsFile
 from experiments.runs.run_dir import RunDir
 from experiments.training import loggers
+from experiments.training.fit import fit
 
-from .conftest import approx, of_tensorboard, wanted
+from .conftest import approx, logged, of_tensorboard, wanted
 
 
 def test_a_run_that_is_stopped_and_resumed_is_logged_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    freeze: Callable[..., RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the trainer: stopped by a signal at step 8 and killed at step 13 of 20."""
-    from hydra import compose, initialize_config_dir
-
-    from experiments.config.entry import CONF_DIR
-    from experiments.training.fit import fit
-
-    (tmp_path / "a.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(900)))
-    given = [
-        "data=text",
-        "debug=smoke",
-        "trainer=cpu",
-        "model=rwkv4",
-        "size=pico",
-        "logger=tensorboard",
-    ]
-    given += [f"data.source.paths={tmp_path / 'a.txt'}", "data.val_tokens=300", "suite=s"]
-    given += [f"paths.{name}={tmp_path / name}" for name in ("runs", "data")]
-    given += ["execution.checkpoint_every_min=0.0001"]
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        run = RunDir.freeze(compose("train", overrides=given), [])
+    run = freeze("logger=tensorboard", "execution.checkpoint_every_min=0.0001")
     append = MetricsFile.append
+
+    to_come = {8: signal.SIGTERM, 13: None}
 
     def disturbed(self: MetricsFile, row: dict[str, Any]) -> None:
         append(self, row)
-        if row["step"] == 8 and not self.path.with_name("once").exists():
-            self.path.with_name("once").touch()
-            os.kill(os.getpid(), signal.SIGTERM)
-        if row["step"] == 13 and not self.path.with_name("twice").exists():
-            self.path.with_name("twice").touch()
-            raise MemoryError  # nothing is saved any more
+        if row["step"] in to_come:
+            number = to_come.pop(row["step"])
+            if number is None:
+                raise MemoryError  # nothing is saved any more
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(MetricsFile, "append", disturbed)
     with pytest.raises(SystemExit) as stopped:
@@ -58,10 +42,10 @@ def test_a_run_that_is_stopped_and_resumed_is_logged_once(
     with pytest.raises(MemoryError):
         fit(run)
     fit(run)
-    expected = wanted(MetricsFile(run.path / "metrics.csv"))
+    expected = wanted(MetricsFile(run.metrics_file))
     assert [step for step, _ in expected["train/loss"]] == list(range(1, 21))
     series = of_tensorboard(run)[1]
-    assert {k: v for k, v in series.items() if k in expected} == approx(expected)
+    assert logged(series) == approx(expected)
 
 
 def settings(run: RunDir, logger: dict[str, Any]) -> DictConfig:
@@ -87,10 +71,10 @@ def test_loggers_are_filled_after_training(
     with pytest.raises(ValueError, match="say where to log"):
         relog(settings(run, {}))
 
-    def down(run: RunDir) -> None:
+    def down(*args: Any) -> None:
         raise ConnectionError("no network")
 
-    monkeypatch.setitem(loggers.CLASSES, "tensorboard", down)
+    monkeypatch.setattr(loggers.TensorBoard, "__init__", down)
     with pytest.raises(RunFailed, match="not logged"):
         relog(cfg)
     assert "no network" in capsys.readouterr().err
