@@ -98,24 +98,22 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(
 
 
 def test_other_launchers_and_settings_are_refused_in_a_line(
-    tmp_path: Path, trials: list[RunDir], program: Callable[[str, str], None]
+    tmp_path: Path,
+    trials: list[RunDir],
+    program: Callable[[str, str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     other = config(tmp_path)
     other.hydra.launcher = {"_target_": "hydra_plugins.joblib.JoblibLauncher"}
     with pytest.raises(ValueError, match="JoblibLauncher is not supported: use slurm, ray"):
         engines.launch(trials, other)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="srun"):
+        patch.setenv("PATH", "")  # no SLURM
+        engines.launch(trials, config(tmp_path, "hydra/launcher=slurm"))
     program("squeue", "exit 0")
     program("srun", "exit 0")
     program("sbatch", "echo 'sbatch: error: invalid partition specified: x' >&2; exit 1")
     with pytest.raises(ValueError, match=r"sbatch: .*invalid partition specified: x"):
-        engines.launch(trials, config(tmp_path, "hydra/launcher=slurm"))
-
-
-def test_without_slurm_the_error_says_so(
-    tmp_path: Path, trials: list[RunDir], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match="srun"):
         engines.launch(trials, config(tmp_path, "hydra/launcher=slurm"))
 
 

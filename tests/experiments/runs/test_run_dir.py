@@ -1,19 +1,15 @@
 """Names, freezing and refusing of run directories."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from experiments.config.entry import CONF_DIR
 from experiments.config.identity import run_tag
-from experiments.runs.checkpoints.reading import read_checkpoint
 from experiments.runs.run_dir import RunDir, find_runs
-from experiments.runs.trained_model import model_weights
 from experiments.system.files import write_json, write_text
 
 
@@ -103,31 +99,3 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_text(path, "\ud800")
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
-
-
-def test_one_process_at_a_time(tmp_path: Path) -> None:
-    run = RunDir.freeze(config(tmp_path), [])
-    with run.lock(), pytest.raises(ValueError, match="another process"), run.lock():
-        pass
-    with run.lock():  # and it is free again
-        pass
-
-
-class Bomb:
-    def __reduce__(self) -> tuple:
-        return os.system, ("true",)
-
-
-def test_checkpoints_run_no_code(tmp_path: Path) -> None:
-    path = tmp_path / "x.ckpt"
-    torch.save({"state_dict": {"model.a": torch.ones(1)}, "x": Bomb()}, path)
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
-        read_checkpoint(path)
-    torch.save({"state_dict": {"model.a": torch.ones(1)}}, path)
-    assert model_weights(read_checkpoint(path), path)["a"] == 1
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
-        read_checkpoint(path)
-    torch.save({}, path)
-    with pytest.raises(ValueError, match="no model weights"):
-        model_weights(read_checkpoint(path), path)
