@@ -107,14 +107,16 @@ def test_other_launchers_and_settings_are_refused_in_a_line(
     other.hydra.launcher = {"_target_": "hydra_plugins.joblib.JoblibLauncher"}
     with pytest.raises(ValueError, match="JoblibLauncher is not supported: use slurm, ray"):
         engines.launch(trials, other)
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="srun"):
-        patch.setenv("PATH", "")  # no SLURM
-        engines.launch(trials, config(tmp_path, "hydra/launcher=slurm"))
+    on_slurm = config(tmp_path, "hydra/launcher=slurm")
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        with pytest.raises(ValueError, match="srun"):
+            engines.launch(trials, on_slurm)
     program("squeue", "exit 0")
     program("srun", "exit 0")
     program("sbatch", "echo 'sbatch: error: invalid partition specified: x' >&2; exit 1")
     with pytest.raises(ValueError, match=r"sbatch: .*invalid partition specified: x"):
-        engines.launch(trials, config(tmp_path, "hydra/launcher=slurm"))
+        engines.launch(trials, on_slurm)
 
 
 def test_a_launcher_whose_package_is_missing_is_a_line() -> None:
