@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.config.targets import resolve
+from models.families import families
 from models.gpt.model import GPT
 from models.language_model import LanguageModel, count_parameters
 from models.rwkv4.model import RWKV4
@@ -52,13 +54,19 @@ def test_pythia_has_its_published_size(size: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("model", MODELS)
-def test_every_architecture_has_every_size(model: str, size: str) -> None:
-    match = frozen(f"model={model}", f"size={size}", "data.vocab_size=256")["model"]["match"]
-    found = count_parameters(empty(model, size, 256, 256))["non_embedding"]
+@pytest.mark.parametrize("name", MODELS)
+def test_every_architecture_has_every_size_and_runs(name: str, size: str) -> None:
+    config = frozen(f"model={name}", f"size={size}", "data.vocab_size=256")["model"]
+    target = resolve(config["net"]["_target_"], LanguageModel)
+    model = build_empty(target, config["net"])
+    assert target is families()[model.family].model
+    match, found = config["match"], count_parameters(model)["non_embedding"]
     assert match["found"] == found
     assert found == pytest.approx(match["wanted"], rel=5e-3)
     assert match["deviation"] == pytest.approx(found / match["wanted"] - 1, abs=1e-6)
+    del model.blocks[2:]  # the others are as these
+    logits, state = model(torch.zeros(2, 3, dtype=torch.int64, device="meta"))
+    assert (logits.shape, state) == ((2, 3, model.vocab_size), None)
 
 
 @pytest.mark.parametrize("by", MEASURES)

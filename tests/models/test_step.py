@@ -1,9 +1,7 @@
 """A token through all layers by one call gives the layers' results, or is left to the layers."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +22,7 @@ BUILDS: dict[str, Callable[[], LanguageModel]] = {
     "rwkv4": lambda: RWKV4(V, 3, 40, CTX),
     "rwkv4 odd": lambda: RWKV4(V, 2, 77, CTX, n_ffn=131),
     "gpt": lambda: GPT(V, 3, 40, 4, CTX, rotary_pct=0.4),
-    "gpt wide heads": lambda: GPT(V, 2, 160, 2, CTX, n_ffn=99),
+    "gpt large heads": lambda: GPT(V, 2, 160, 2, CTX, n_ffn=99),
     "gpt without positions": lambda: GPT(V, 1, 21, 3, CTX, rotary_pct=0.0),
 }
 
@@ -104,27 +102,25 @@ def test_equals_the_layers(
         torch.set_num_threads(1)
         n_calls = len(calls)
         with layer_by_layer():
-            own, own_last = by_steps(model, ids[:, 4:], state)
+            expected, expected_state = by_steps(model, ids[:, 4:], state)
         assert n_calls == len(calls) > 0
         whole, _ = model(ids)
-        assert_close(logits, own)
+        assert_close(logits, expected)
         assert_close(logits, whole[:, 4:])
-        assert last.keys() == own_last.keys() or tail == 3  # joined a token sooner or later
+        assert last.keys() == expected_state.keys() or tail == 3  # joined a token sooner or later
         if model.family == "rwkv4" or tail == 128:
-            for name, value in own_last.items():
+            for name, value in expected_state.items():
                 assert last[name].shape == value.shape
                 assert last[name].dtype == value.dtype
                 assert_close(last[name], value)
         more, _ = model(ids[:, :5], last)  # several tokens after the single ones
-        with layer_by_layer():
-            own_more, _ = model(ids[:, :5], own_last)
-        assert_close(more, own_more)
+        assert_close(more, model(torch.cat([ids, ids[:, :5]], 1))[0][:, -5:])
         calls.clear()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("tail", [3, 128])
-@pytest.mark.parametrize("read", [0, 1, 6])
+@pytest.mark.parametrize("read", [0, 6])
 def test_padding_leaves_no_trace(
     model: LanguageModel, tail: int, read: int, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +146,7 @@ def test_a_state_is_a_value(
 ) -> None:
     monkeypatch.setattr(gpt, "TAIL", tail)
     ids = torch.randint(V, (2, 12))
-    for read in (1, 3, 4, 5, 8):
+    for read in (1, 4, 8):
         _, state = model(ids[:, :1], model.init_state(2))
         _, state = by_steps(model, ids[:, 1:read], state) if read > 1 else (None, state)
         copy = {name: value.clone() for name, value in state.items()}
@@ -180,24 +176,6 @@ def test_16_bit_matrices(model: LanguageModel, dtype: torch.dtype, calls: list[s
         parameter.data = parameter.data.float()
     exact, _ = model(ids)
     assert_close(rounded, exact)
-
-
-@torch.no_grad()
-def test_extreme_inputs(calls: list[str]) -> None:
-    """Gates shut and open, decays without end and at once: as the layers have them."""
-    for name in ("rwkv4", "gpt"):
-        model = build_random(name)
-        for parameter in model.parameters():
-            parameter.mul_(30 if parameter.dim() == 1 else 3)
-        if name == "rwkv4":
-            for block in model.blocks:
-                block.att.time_decay.copy_(torch.linspace(-80, 40, 40))
-        ids = torch.randint(V, (2, 12))
-        logits, _ = by_steps(model, ids, model.init_state(2))
-        with layer_by_layer():
-            own, _ = by_steps(model, ids, model.init_state(2))
-        assert_close(logits, own, 1e-4)
-    assert set(calls) == {"rwkv4_step", "gpt_step"}
 
 
 @torch.no_grad()
@@ -237,12 +215,6 @@ def test_left_to_the_layers(name: str, calls: list[str]) -> None:
         assert len(seen) == 1
         compiled, _ = torch.compile(model, backend="eager")(ids[:, 5:], state)
         assert_close(compiled, expected)
-        wide = {key: x.double() if x.is_floating_point() else x for key, x in state.items()}
-        double = build_random(name)
-        double.load_state_dict(model.state_dict())
-        logits, _ = double.double()(ids[:, 5:], wide)
-        assert logits.dtype == torch.float64
-        assert_close(logits.float(), expected)
         assert model.to("meta")(ids[:, 5:].to("meta"), model.init_state(2))[0].is_meta
     assert not calls
 
@@ -271,12 +243,3 @@ def test_the_backend_asked_for_is_the_one_that_runs(calls: list[str]) -> None:
     model.backend = "torch"
     model(torch.zeros(1, 1, dtype=torch.int64), model.init_state(1))
     assert not calls
-
-
-@pytest.mark.parametrize("family", ["rwkv4", "gpt"])
-def test_phases_are_as_many_as_are_counted(family: str) -> None:
-    file = Path(gpt.__file__).parents[1] / family / "step.cpp"
-    text = file.read_text(encoding="utf-8")
-    body = text[text.index(f"void {family}_layer") :].split("\n}\n")[0]
-    shared = len(re.findall(r"member\.share\(|multiply<W>\(", body))
-    assert f"PHASES = {shared};" in text

@@ -153,23 +153,6 @@ def test_gradcheck(backend: str) -> None:
         assert torch.autograd.gradcheck(lambda *x: wkv(*x, backend=backend), leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("cuts", [(1,), (62,), (7, 8, 40)])
-def test_split_anywhere(cuts: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
-    inputs = [x.to(dtype) for x in make(2, 63, 18)]
-    whole = run(backend, inputs, dtype)
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    w, u, k, v, state = leaves
-    ys = []
-    for k_part, v_part in zip(k.tensor_split(cuts, 1), v.tensor_split(cuts, 1), strict=True):
-        y, state = wkv(w, u, k_part, v_part, state, backend=backend)
-        ys.append(y)
-    gy, g_state = loss_weights("lopsided", 2, 63, 18)
-    outputs = [torch.cat(ys, 1), state]
-    grads = torch.autograd.grad(outputs, leaves, [gy.to(dtype), g_state.to(dtype)])
-    compare([*outputs, *grads], whole, 1e-12 if dtype == torch.float64 else 1e-5)
-
-
 def test_empty_state_and_padding(backend: str) -> None:
     w, u, k, v, _ = (x.float() for x in make(2, 9, 5))
     expected = wkv(w, u, k, v, backend=backend)
@@ -209,27 +192,6 @@ def test_exponential(backend: str) -> None:
     assert ((y - exact).abs() / exact)[:-4].max() < 2 * 2**-23
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu", "cuda"], indirect=True)
-def test_strides(backend: str) -> None:
-    w, u, k, v, state = make(2, 21, 12)
-    expected = run(backend, [w, u, k, v, state], torch.float64)
-    strided = [
-        w.repeat_interleave(2)[::2],
-        u.repeat_interleave(3)[::3],
-        k.transpose(0, 1).contiguous().transpose(0, 1),
-        torch.stack((v, v), -1)[..., 0],
-        state.transpose(1, 2).contiguous().transpose(1, 2),
-    ]
-    assert not any(x.is_contiguous() for x in strided)
-    leaves = [x.requires_grad_() for x in strided]
-    y, last = wkv(*leaves, backend=backend)
-    gy, g_state = loss_weights("lopsided", 2, 21, 12)
-    gy = gy.transpose(0, 2).contiguous().transpose(0, 2)
-    compare([y, last, *torch.autograd.grad([y, last], leaves, [gy, g_state])], expected, 1e-14)
-    y, _ = wkv(*(x.detach() for x in (w, u, k)), v[:1, :1].expand(2, 21, 12), backend=backend)
-    assert relative_rms(y, v[:1, :1].expand(2, 21, 12)) < 1e-12  # the average of equals
-
-
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 def test_threads_change_no_bit(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make(3, 50, 150)
@@ -261,31 +223,6 @@ def test_threads_share_long_sequences(threads: int, T: int, C: int, backend: str
     assert not all(torch.equal(a, b) for a, b in zip(one, several, strict=True))  # it was cut
     compare(several, one, 1e-10)
     compare(narrow, run(backend, [x.float().double() for x in inputs], torch.float64), 1e-5)
-
-
-@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
-def test_segments_of_nothing_but_padding(backend: str) -> None:
-    w, u, k, v, _ = (x.float() for x in make(1, 1500, 5))
-    k[:, :900] = -1e38
-    expected = wkv(w, u, k[:, 900:], v[:, 900:], backend=backend)
-    torch.set_num_threads(4)
-    try:
-        y, state = wkv(w, u, k, v, backend=backend)
-    finally:
-        torch.set_num_threads(1)
-    torch.testing.assert_close(y[:, 900:], expected[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(state, expected[1], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
-def test_gradcheck_of_segments(backend: str) -> None:
-    torch.set_num_threads(2)
-    try:
-        w = -torch.tensor([1e-3], dtype=torch.float64)
-        leaves = [x.requires_grad_() for x in (w, *make(1, 520, 1)[1:])]
-        assert torch.autograd.gradcheck(lambda *x: wkv(*x, backend=backend), leaves)
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
@@ -342,13 +279,6 @@ def test_compiles_into_one_graph(backend: str) -> None:
         torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs), strict=True
     ):
         torch.testing.assert_close(a, e)
-
-
-def test_meta() -> None:
-    w, u, k, v, state = (x.float().to("meta") for x in make(2, 63, 5))
-    y, last = wkv(w, u, k.bfloat16(), v.bfloat16(), state)
-    assert (y.shape, y.dtype, y.device.type) == ((2, 63, 5), torch.bfloat16, "meta")
-    assert (last.shape, last.dtype) == ((2, 3, 5), torch.float32)
 
 
 def test_backend_choice() -> None:

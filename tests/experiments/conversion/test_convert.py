@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import pickle
 import random
 import shutil
 import subprocess
@@ -111,7 +110,7 @@ def logits(model: LanguageModel, ids: Tensor) -> Tensor:
     return model(ids[None])[0][0]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @FAMILIES
 def test_exported_logits_are_those_of_the_other_library(family, seed, tmp_path, capsys) -> None:
     model = make_model(family, seed)
@@ -126,20 +125,6 @@ def test_exported_logits_are_those_of_the_other_library(family, seed, tmp_path, 
             assert (rwkv_logits(tmp_path / name, tmp_path, ids, PTH) - ours).abs().max() < 1e-4
     printed = capsys.readouterr().out
     assert "largest difference of logits" in printed
-    assert set(os.listdir(tmp_path)) <= {"runs", "hf", "out.pth", "out.safetensors"}
-
-
-@FAMILIES
-def test_logits_agree_over_512_tokens(family, tmp_path) -> None:
-    model = make_model(family, seed=1, ctx_len=512)
-    run = make_run(tmp_path / "run", model)
-    ids = torch.randint(90, (512,))
-    run_convert(run.path, tmp_path / "hf", check=False)
-    ours = logits(model, ids)
-    assert (hugging_face_logits(tmp_path / "hf", ids, HF[family]) - ours).abs().max() < 1e-4
-    if family == "rwkv4":
-        run_convert(run.path, tmp_path / "out.pth", check=False)
-        assert (rwkv_logits(tmp_path / "out.pth", tmp_path, ids, PTH) - ours).abs().max() < 1e-4
 
 
 @FAMILIES
@@ -175,22 +160,22 @@ def test_round_trips_keep_every_bit(form, dtype, tmp_path) -> None:
     model = make_model("gpt" if form == "hf_gpt" else "rwkv4", seed=3)
     model = model.to(getattr(torch, dtype))
     run = make_run(tmp_path / "runs/s/m/x", model)
-    outside = tmp_path / (form if form.startswith("hf") else f"out.{form}")
-    run_convert(run.path, outside)
+    external = tmp_path / (form if form.startswith("hf") else f"out.{form}")
+    run_convert(run.path, external)
     assert_same_bits(weights_of(run.path), dict(model.state_dict()))
-    back, again = tmp_path / "runs/s/m/back", outside.with_stem(f"again_{outside.stem}")
-    run_convert(outside, back)
+    back, again = tmp_path / "runs/s/m/back", external.with_stem(f"again_{external.stem}")
+    run_convert(external, back)
     assert_same_bits(weights_of(back), weights_of(run.path))
     run_convert(back, again)
-    if outside.is_dir():
+    if external.is_dir():
         files = ("model.safetensors", "config.json")
-        assert json.loads((outside / "config.json").read_text())["torch_dtype"] == dtype
+        assert json.loads((external / "config.json").read_text())["torch_dtype"] == dtype
         for name in files:
-            assert (outside / name).read_bytes() == (again / name).read_bytes()
+            assert (external / name).read_bytes() == (again / name).read_bytes()
     elif form == "safetensors":
-        assert outside.read_bytes() == again.read_bytes()
+        assert external.read_bytes() == again.read_bytes()
     else:
-        assert_same_bits(read_checkpoint(outside), read_checkpoint(again))
+        assert_same_bits(read_checkpoint(external), read_checkpoint(again))
     assert read_checkpoint(back / "checkpoints/last.ckpt").keys() == {"state_dict"}
 
 
@@ -230,8 +215,8 @@ def test_a_file_says_nothing_of_context_tokenizer_or_tokens(tmp_path, capsys) ->
     described = tmp_path / "tokenizer.json"
     described.write_text(BytesTokenizer().to_json())
     more = {"ctx_len": 77, "training_tokens": 332_000_000_000, "tokenizer_file": str(described)}
-    run_convert(file, tmp_path / "a/b/told", **more)
-    run = RunDir(tmp_path / "a/b/told")
+    run_convert(file, tmp_path / "a/b/given", **more)
+    run = RunDir(tmp_path / "a/b/given")
     assert run.config.ctx_len == run.manifest["ctx_len"] == 77
     assert run.manifest["converted"]["training_tokens"] == 332_000_000_000
     assert Tokenizer.from_json((run.path / "tokenizer.json").read_text()).kind == "bytes"
@@ -256,12 +241,12 @@ def test_tokenizers_go_out_for_lm_evals_own_backend_and_come_back(
     model = randomised(RWKV4(**sizes) if family == "rwkv4" else GPT(**sizes, n_head=1))
     run_convert(make_run(tmp_path / "run", model, tokenizer).path, tmp_path / "hf", check=False)
     backend = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", batch_size=1, dtype="float32")
-    theirs = backend.tokenizer
+    exported = backend.tokenizer
     text = "The quick  brown fox\n\tjumps: 日本語 ✓ grüße, 1234!"
-    assert theirs(text)["input_ids"] == tokenizer.encode(text)
-    assert theirs.decode(tokenizer.encode(text)) == text
-    assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.eot_id == 0
-    assert theirs.model_max_length == 32
+    assert exported(text)["input_ids"] == tokenizer.encode(text)
+    assert exported.decode(tokenizer.encode(text)) == text
+    assert exported.eos_token_id == exported.bos_token_id == tokenizer.eot_id == 0
+    assert exported.model_max_length == 32
     pairs = [("The cat", " sat on a mat"), ("The cat", " ran"), ("", "Hello there")]
     asked = [Instance("loglikelihood", doc={}, arguments=p, idx=i) for i, p in enumerate(pairs)]
     want = backend.loglikelihood(asked, disable_tqdm=True)
@@ -271,13 +256,6 @@ def test_tokenizers_go_out_for_lm_evals_own_backend_and_come_back(
     again = Tokenizer.from_json((tmp_path / "a/b/back/tokenizer.json").read_text())
     assert again.hash == tokenizer.hash
     assert again.vocab_size == vocab_size
-
-
-def test_only_tokenizers_of_files_are_exported(tmp_path, capsys) -> None:
-    run = make_run(tmp_path / "run", make_model("rwkv4", vocab=256), BytesTokenizer())
-    run_convert(run.path, tmp_path / "hf", check=False)
-    assert "a bytes tokenizer, so none is exported" in capsys.readouterr().out
-    assert sorted(os.listdir(tmp_path / "hf")) == ["config.json", "model.safetensors"]
 
 
 @pytest.fixture
@@ -315,28 +293,6 @@ def test_shards_and_older_files_are_read(hf, tmp_path) -> None:
         index.write_text(json.dumps({"weight_map": map_}))
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             run_convert(hf, tmp_path / "a/b/bad")
-
-
-def test_old_pythia_files_keep_buffers_that_are_no_weights(tmp_path) -> None:
-    model = make_model("gpt", seed=6)
-    run = make_run(tmp_path / "made", model)
-    run_convert(run.path, tmp_path / "hf")
-    file = tmp_path / "hf" / "model.safetensors"
-    tensors = load_file(file)
-    for name, value in {"bias": torch.ones(1, 1, 64, 64).bool(), "masked_bias": torch.tensor(-1e9),
-                        "rotary_emb.inv_freq": torch.ones(2)}.items():  # fmt: skip
-        tensors[f"gpt_neox.layers.0.attention.{name}"] = value
-    save_file(tensors, file)
-    run_convert(tmp_path / "hf", tmp_path / "a/b/old")
-    assert_same_bits(weights_of(tmp_path / "a/b/old"), dict(model.state_dict()))
-
-
-def test_prefixes_and_flat_mixes_of_a_file_are_taken(tmp_path) -> None:
-    model = make_model("rwkv4", seed=7)
-    state = {f"_forward_module.{k}": v.squeeze() for k, v in model.state_dict().items()}
-    torch.save(state, tmp_path / "deepspeed.pth")
-    run_convert(tmp_path / "deepspeed.pth", tmp_path / "a/b/c")
-    assert_same_bits(weights_of(tmp_path / "a/b/c"), dict(model.state_dict()))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -379,20 +335,12 @@ def spoilt(state: dict[str, Tensor], how: str) -> dict[str, Any]:
     state = {name: value.clone() for name, value in state.items()}
     if how == "missing":
         del state["blocks.0.ln2.bias"]
-    elif how == "extra":
-        state["blocks.0.att.ln_x.weight"] = torch.ones(8)
-    elif how == "misshapen":
-        state["blocks.0.att.key.weight"] = torch.ones(3, 8)
     elif how == "nan":
         state["blocks.0.att.value.weight"][1, 2] = torch.nan
-    elif how == "inf":
-        state["head.weight"][3, 1] = -torch.inf
     elif how == "integers":
         state["head.weight"] = state["head.weight"].long()
     elif how == "sparse":
         state["head.weight"] = state["head.weight"].to_sparse()
-    elif how == "no values":
-        state["head.weight"] = state["head.weight"].to("meta")
     elif how == "nested":
         return {"model": state}
     return state
@@ -400,20 +348,15 @@ def spoilt(state: dict[str, Tensor], how: str) -> dict[str, Any]:
 
 BAD_FILES = [
     ("missing", r"tensor blocks\.0\.ln2\.bias is missing"),
-    ("extra", r"tensor blocks\.0\.att\.ln_x\.weight is not one of"),
-    ("misshapen", r"tensor blocks\.0\.att\.key\.weight has shape \(3, 8\)"),
     ("nan", r"tensor blocks\.0\.att\.value\.weight holds NaN"),
-    ("inf", r"tensor head\.weight holds NaN or infinity"),
     ("integers", r"torch\.int64 cannot be used"),
     ("sparse", r"holds head\.weight sparse or without values"),
-    ("no values", r"holds head\.weight sparse or without values"),
     ("nested", "is not a plain dictionary of tensors"),
     ("code", r"wants to run code \((posix|nt)\.mkdir\)"),
     ("truncated", "is damaged"),
     ("empty", "is damaged"),
-    ("text", "is damaged"),
 ]
-PICKLES_ALONE = ("sparse", "no values", "nested", "code")  # safetensors files cannot hold these
+PICKLES_ALONE = ("sparse", "nested", "code")  # safetensors files cannot hold these
 
 
 @pytest.mark.parametrize(
@@ -439,38 +382,12 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(
         torch.save(bad, file)
     if how == "truncated":
         file.write_bytes(file.read_bytes()[:-1000])
-    elif how in ("empty", "text"):
-        file.write_bytes(b"" if how == "empty" else b"<html>not found</html>")
+    elif how == "empty":
+        file.write_bytes(b"")
     with pytest.raises(ValueError, match=message) as error:
         run_convert(file, tmp_path / "runs/a/b")
     assert "\n" not in str(error.value)
     assert os.listdir(tmp_path) == [file.name]
-
-
-def test_older_pickles_that_want_code_are_refused_too(tmp_path, monkeypatch, recwarn) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Evil(), protocol=4))
-    with pytest.raises(ValueError, match="holds more than tensors"):
-        run_convert(tmp_path / "raw.pth", tmp_path / "a/b/c")
-    assert not recwarn.list  # the error is all that is said
-    (tmp_path / "raw.pth").unlink()
-    file = tmp_path / "old.pth"
-    torch.save({"a": Evil()}, file, _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match="wants to run code"):
-        run_convert(file, tmp_path / "a/b/c")
-    assert os.listdir(tmp_path) == ["old.pth"]
-    state = dict(make_model("rwkv4").state_dict())
-    torch.save(state, tmp_path / "plain.pth", _use_new_zipfile_serialization=False)
-    run_convert(tmp_path / "plain.pth", tmp_path / "a/b/c", check=False)
-    assert_same_bits(weights_of(tmp_path / "a/b/c"), state)
-
-
-def test_values_beyond_float16_are_refused_not_rounded_to_infinity(tmp_path) -> None:
-    model = make_model("rwkv4")
-    model.head.weight.data[0, 0] = 1e6
-    torch.save(dict(model.state_dict()), tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"head\.weight holds .* \(as torch\.float16\)"):
-        run_convert(tmp_path / "a.pth", tmp_path / "a/b/c", dtype="float16")
 
 
 def test_what_cannot_be_converted_is_said(hf, tmp_path) -> None:
@@ -482,29 +399,22 @@ def test_what_cannot_be_converted_is_said(hf, tmp_path) -> None:
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "llama"}')
     new = tmp_path / "a/b/c"
-    pth = tmp_path / "plain.pth"
-    torch.save(RWKV4(20, 2, 8, 8).state_dict(), pth)
     cases: list[tuple[Path, Path, dict[str, Any], str]] = [
         (hf, tmp_path / "x.pth", {}, "convert it to a run directory first"),
         (gpt.path, tmp_path / "x.pth", {}, "has no \\.(pth|safetensors) files"),
-        (gpt.path, tmp_path / "x.safetensors", {}, "has no \\.(pth|safetensors) files"),
-        (gpt.path, tmp_path / "new", {"ctx_len": 8}, "ctx_len= is for checkpoints from outside"),
+        (gpt.path, tmp_path / "new", {"ctx_len": 8}, "ctx_len= is for external checkpoints"),
         (gpt.path, tmp_path / "new", {"checkpoint": "best"}, "has no best checkpoint"),
         (hf, Path("/no_such_run"), {}, "must end in SUITE/MODEL/LABEL"),
         (hf, other, {}, "target=.* exists"),
         (tmp_path / "nowhere", new, {}, "there is no source="),
         (single.path, tmp_path / "new", {}, "has two layers or more"),
         (wrong, new, {}, r"is no \.pth file"),
-        (other, new, {}, "model_type='llama': rwkv and gpt_neox can be read"),
+        (other, new, {}, "model_type='llama': gpt_neox and rwkv can be read"),
         (hf, new, {"tokenizer_file": str(wrong)}, "has 256 ids, the model 90"),
         (hf, new, {"tokenizer_file": str(tmp_path / "none.json")}, "there is no tokenizer_file="),
-        (hf, new, {"ctx_len": 0}, "ctx_len is 0"),
         (hf, new, {"checkpoint": "best"}, "checkpoint= is for runs"),
-        (hf, new, {"training_tokens": 1.5}, "training_tokens is 1.5"),
-        (hf, new, {"dtype": "int8"}, "dtype is 'int8': choose null, float32"),
-        (hf, new, {"rescaled": "maybe"}, "rescaled is 'maybe': choose null, true, false"),
-        (hf, new, {"rescaled": True}, "rescaled= is for .* has none"),
-        (pth, new, {"rescaled": False}, "rescaled= is for .* has none"),
+        (hf, new, {"dtype": "int8"}, "dtype is 'int8': it must be one of null"),
+        (hf, new, {"rescaled": True}, "rescaled= is for .* leave it out"),
     ]
     for source, target, settings, message in cases:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
