@@ -37,7 +37,7 @@ def as_they_are(config: Mapping[str, Any], weights: Weights, rescaled: bool | No
     """The weights, of a format that never holds anything else."""
     if rescaled is not None:
         raise ValueError(
-            "rescaled= is for matrices divided by rescale_every above 0: here are none, leave it out"
+            "rescaled= is for weights divided by rescale_every above 0: here are none; leave it out"
         )
     return weights
 
