@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -69,7 +68,7 @@ def test_speed_and_utilisation_are_of_all_devices(whole: RunDir) -> None:
 
 @pytest.fixture(scope="module")
 def stopped(processes: Processes) -> RunDir:
-    """The same run, told to stop by a signal to its second process."""
+    """The same run, asked to stop by a signal to its second process."""
     run = processes.freeze("stopped", "model=gpt", "trainer=fsdp")
     assert processes.train(run, 2, stop=[1, 5]) == [143, 143]
     assert run.checkpoint("last").is_dir()
@@ -128,7 +127,7 @@ def test_a_process_that_dies_ends_the_run_and_the_next_start_resumes(
     assert rows(whole) == rows(run)
 
 
-def test_a_file_of_a_shard_that_was_changed_is_noticed(stopped: RunDir, tmp_path: Path) -> None:
+def test_a_file_of_a_shard_that_was_changed_is_noticed(stopped: RunDir) -> None:
     shard = stopped.checkpoint("last") / "rank-1-of-2.pt"
     content = shard.read_bytes()
     try:
