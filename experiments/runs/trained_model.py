@@ -96,7 +96,7 @@ def weights_hash(model: "LanguageModel") -> str:
 
 
 def held_out(run: RunDir) -> "TokenData":
-    """The data a run was trained on, prepared anew where it is no longer there.
+    """The data a run was trained on, prepared again where it is no longer there.
 
     Raises:
         FileNotFoundError, ValueError: if its source is gone, or no longer gives the same tokens.

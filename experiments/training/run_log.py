@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: its log and progress bar."""
+"""The log of a run: its losses and speed, and the end at a loss that is not finite."""
 
 import math
 import time

@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from experiments.config.entry import CONF_DIR
 from experiments.runs.checkpoints.reading import read_checkpoint
 from experiments.runs.run_dir import RunDir
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..small_runs import ROOT, freeze_in, places, text_in
+
+SMALL = [
+    "data=text", "data.val_tokens=500", "debug=smoke", "size=nano", "size.n_layer=2",
+    "execution.trainer.accelerator=cpu", "batch_size=8", "execution.micro_batch_size=2",
+    "budget_tokens=4096",
+]  # fmt: skip  # 8 steps of 2 x 2 micro-batches
 
 
 class Processes:
@@ -25,8 +29,7 @@ class Processes:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.text = folder / "a.txt"
-        self.text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(2000)))
+        self.text = text_in(folder)
         self.environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.server = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("rank_server.py")],
@@ -39,22 +42,10 @@ class Processes:
 
     def overrides(self, runs: str, *more: str) -> list[str]:
         """Of a small run on CPUs whose directory is found under `runs`."""
-        return [
-            "data=text",
-            "debug=smoke",
-            "execution.trainer.accelerator=cpu",
-            "size.n_layer=2",
-            f"data.source.paths={self.text}",
-            "data.val_tokens=500",
-            f"paths.runs={self.folder / runs}",
-            f"paths.data={self.folder / 'data'}",
-            *more,
-        ]
+        return [*SMALL, *places(self.folder / runs, self.text), *more]
 
     def freeze(self, runs: str, *overrides: str) -> RunDir:
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            config = compose("train", overrides=self.overrides(runs, *overrides))
-            return RunDir.freeze(config, [o for o in overrides if o.startswith("model=")])
+        return freeze_in(self.folder / runs, self.text, small=[*SMALL, *overrides])
 
     def train(self, run: RunDir, n_ranks: int, **job: Any) -> list[int]:
         """Exit codes of the processes."""
@@ -65,7 +56,7 @@ class Processes:
         return json.loads(self.server.stdout.readline())
 
     def copy(self, run: RunDir, runs: str) -> None:
-        """To go on from it elsewhere."""
+        """To resume it elsewhere."""
         shutil.copytree(run.path, self.folder / runs / Path(*run.path.parts[-3:]))
 
 

@@ -16,12 +16,14 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from experiments.data.order import MicroBatches
-from experiments.training import fit
+from experiments.fit import main as train
 from experiments.training.module import LitLM
 from experiments.training.run_log import RunLog
 
@@ -73,7 +75,7 @@ def work(job: dict[str, Any], rank: int, port: int) -> int:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
         os.environ |= {"WORLD_SIZE": n_ranks, "LOCAL_WORLD_SIZE": n_ranks}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        fit.rank_zero_only.rank = rank
+        rank_zero_only.rank = rank
     for key, number in (("stop", signal.SIGTERM), ("kill", signal.SIGKILL)):
         if key in job and job[key][0] == rank:
             interrupt(job[key][1], number)
@@ -81,7 +83,7 @@ def work(job: dict[str, Any], rank: int, port: int) -> int:
         add_as(job["adds_as"])
     sys.argv = ["fit", job["run"]]
     try:
-        fit.main()
+        train()
     except SystemExit as left:
         return left.code if isinstance(left.code, int) else 1
     return 0
@@ -120,6 +122,8 @@ def main() -> None:
                 code = 70
                 try:
                     code = work(job, rank, port)
+                except BaseException:
+                    traceback.print_exc()
                 finally:
                     os._exit(code)  # never back into this loop
             children.append(child)

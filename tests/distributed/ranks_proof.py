@@ -12,22 +12,20 @@ import pytest
 
 from experiments.runs.run_dir import RunDir
 
-from ..small_runs import rows
-from .conftest import ROOT, Processes, apart
+from ..small_runs import FAMILIES, ROOT, rows
+from .conftest import Processes, apart
 
-FAMILIES = ["rwkv4", "gpt"]
 STRATEGIES = ["ddp", "fsdp"]
-LONG = ["batch_size=8", "execution.micro_batch_size=2", "budget_tokens=25600"]  # 50 steps
-SMALL = ["batch_size=8", "execution.micro_batch_size=2", "budget_tokens=4096"]  # 8 steps
+LONG = ["budget_tokens=25600"]  # 50 steps
 
 MORE = {
-    "long": [],
+    "long": LONG,
     "memory": [
         "execution.grad_checkpoint=true",
         "execution.chunk_len=21",
         "execution.loss=chunked",
     ],
-    "own": ["precision=bf16-mixed", "optim=own", "schedule=own"],
+    "recipes": ["precision=bf16-mixed", "optim=own", "schedule=own"],
 }
 
 
@@ -39,9 +37,8 @@ def test_two_processes_equal_one(
 ) -> None:
     """To the bit, where one adds up in the order of two."""
     name, more = f"{strategy}-{what}", MORE[what]
-    budget = LONG if what == "long" else SMALL
-    one = processes.freeze(f"one-{name}", f"model={model}", "trainer=cpu", *budget, *more)
-    two = processes.freeze(f"two-{name}", f"model={model}", f"trainer={strategy}", *budget, *more)
+    one = processes.freeze(f"one-{name}", f"model={model}", "trainer=cpu", *more)
+    two = processes.freeze(f"two-{name}", f"model={model}", f"trainer={strategy}", *more)
     assert processes.train(one, 1, adds_as=strategy) == [0]
     assert processes.train(two, 2) == [0, 0]
     assert apart(one, two) == 0
@@ -77,15 +74,14 @@ PATHS = [("ddp", 2), ("cpu", 1), ("fsdp", 2), ("ddp", 2), ("fsdp", 1), ("cpu", 1
 def test_a_run_moves_between_strategies_and_numbers_of_processes(
     processes: Processes, model: str
 ) -> None:
-    """Stopped every step, it goes on by another; the micro-batch changes too."""
-    whole = processes.freeze("whole", f"model={model}", "trainer=cpu", *SMALL)
+    """Stopped every step, it resumes by another; the micro-batch changes too."""
+    whole = processes.freeze("whole", f"model={model}", "trainer=cpu")
     assert processes.train(whole, 1) == [0]
     for step, (trainer, n_ranks) in enumerate(PATHS, 1):
         run = processes.freeze(
             "moving",
             f"model={model}",
             f"trainer={trainer}",
-            *SMALL,
             f"execution.micro_batch_size={4 if step % 2 else 1}",
         )
         assert processes.train(run, n_ranks, stop=[n_ranks - 1, step]) == [143] * n_ranks
@@ -99,7 +95,7 @@ def test_a_run_moves_between_strategies_and_numbers_of_processes(
 
 @pytest.fixture(scope="module")
 def expected(processes: Processes) -> RunDir:
-    run = processes.freeze("expected", "model=rwkv4", "size=nano", "trainer=ddp", *SMALL)
+    run = processes.freeze("expected", "model=rwkv4", "trainer=ddp")
     assert processes.train(run, 2) == [0, 0]
     return run
 
@@ -121,15 +117,8 @@ def call(processes: Processes, command: list[str], **environment: str) -> subpro
     return subprocess.Popen(command, cwd=ROOT, env=processes.environment | environment)
 
 
-def test_lightning_starts_them(processes: Processes, expected: RunDir) -> None:
-    given = processes.overrides("own", "model=rwkv4", "size=nano", "trainer=ddp", *SMALL)
-    started = call(processes, [sys.executable, *TRAIN, *given, "execution.trainer.devices=2"])
-    assert started.wait(300) == 0
-    assert same(expected, found(processes, "own"))
-
-
 def test_torchrun_starts_them_and_again(processes: Processes, expected: RunDir) -> None:
-    given = processes.overrides("torchrun", "model=rwkv4", "size=nano", "trainer=ddp", *SMALL)
+    given = processes.overrides("torchrun", "model=rwkv4", "trainer=ddp")
     command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *TRAIN, *given]
     assert call(processes, command).wait(300) == 0
     assert same(expected, found(processes, "torchrun"))
@@ -145,7 +134,7 @@ def free_port() -> int:
 
 
 def test_torchrun_on_two_nodes(processes: Processes, expected: RunDir) -> None:
-    given = processes.overrides("nodes", "model=rwkv4", "size=nano", "trainer=ddp", *SMALL)
+    given = processes.overrides("nodes", "model=rwkv4", "trainer=ddp")
     where = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
     where += ["--rdzv-id", "1", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     nodes = [call(processes, [*TORCHRUN, *where, *TRAIN, *given]) for _ in range(2)]
@@ -157,7 +146,7 @@ def test_torchrun_on_two_nodes(processes: Processes, expected: RunDir) -> None:
 
 def test_srun_starts_them(processes: Processes, expected: RunDir) -> None:
     """By what srun sets in the environment of two tasks on two nodes."""
-    given = processes.overrides("srun", "model=rwkv4", "size=nano", "trainer=ddp", *SMALL)
+    given = processes.overrides("srun", "model=rwkv4", "trainer=ddp")
     common = {
         "SLURM_JOB_ID": "4711",
         "SLURM_STEP_ID": "0",
@@ -185,8 +174,8 @@ def test_a_signal_to_the_first_of_lightnings_processes_stops_all(
     processes: Processes, number: int
 ) -> None:
     run = processes.freeze(
-        f"signal{number}", "model=gpt", "size=nano", "trainer=fsdp", "execution.trainer.devices=2",
-        "execution.micro_batch_size=2", "budget_tokens=1e9",
+        f"signal{number}", "model=gpt", "trainer=fsdp", "execution.trainer.devices=2",
+        "budget_tokens=1e9",
     )  # fmt: skip
     first = call(processes, [sys.executable, "-m", "experiments.fit", str(run.path)])
     table = run.path / "metrics.csv"
@@ -205,7 +194,7 @@ def test_a_signal_to_the_first_of_lightnings_processes_stops_all(
 
 
 def test_one_line_where_the_numbers_do_not_fit(processes: Processes, tmp_path: Path) -> None:
-    given = processes.overrides("wrong", "model=gpt", "size=nano", "trainer=cpu")
+    given = processes.overrides("wrong", "model=gpt", "trainer=cpu")
     command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *TRAIN, *given]
     done = subprocess.run(
         command, cwd=ROOT, env=processes.environment, capture_output=True, text=True, timeout=300

@@ -1,6 +1,7 @@
-"""Two processes train as one does, and go on where another number of them stopped."""
+"""Two processes train as one does, and resume where another number of them stopped."""
 
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,27 +11,22 @@ from experiments.runs.metrics import MetricsFile
 from experiments.runs.run_dir import RunDir
 from experiments.runs.trained_model import load_model
 
-from ..small_runs import rows
+from ..small_runs import ROOT, rows
 from .conftest import Processes, apart
 
-SMALL = [
-    "batch_size=8",
-    "execution.micro_batch_size=2",
-    "budget_tokens=4096",
-]  # 8 steps of 2 x 2 micro-batches
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def whole(processes: Processes) -> RunDir:
     """A sharded run that was never stopped."""
-    run = processes.freeze("whole", "model=gpt", "size=nano", "trainer=fsdp", *SMALL)
+    run = processes.freeze("whole", "model=gpt", "trainer=fsdp")
     assert processes.train(run, 2) == [0, 0]
     return run
 
 
 def test_sharded_processes_train_as_one(processes: Processes, whole: RunDir) -> None:
-    one = processes.freeze("one", "model=gpt", "size=nano", "trainer=cpu", *SMALL)
+    one = processes.freeze("one", "model=gpt", "trainer=cpu")
     assert processes.train(one, 1, adds_as="fsdp") == [0]
     assert apart(one, whole) == 0
     assert rows(one) == rows(whole)
@@ -38,13 +34,19 @@ def test_sharded_processes_train_as_one(processes: Processes, whole: RunDir) -> 
     assert whole.checkpoint("best").is_file()
 
 
-def test_copies_of_a_model_train_as_one(processes: Processes) -> None:
-    one = processes.freeze("one", "model=rwkv4", "size=nano", "trainer=cpu", *SMALL)
-    two = processes.freeze("ddp", "model=rwkv4", "size=nano", "trainer=ddp", *SMALL)
+@pytest.fixture(scope="module")
+def copies(processes: Processes) -> RunDir:
+    """A run of two processes with a copy of the model each."""
+    run = processes.freeze("ddp", "model=rwkv4", "trainer=ddp")
+    assert processes.train(run, 2) == [0, 0]
+    return run
+
+
+def test_copies_of_a_model_train_as_one(processes: Processes, copies: RunDir) -> None:
+    one = processes.freeze("one", "model=rwkv4", "trainer=cpu")
     assert processes.train(one, 1, adds_as="ddp") == [0]
-    assert processes.train(two, 2) == [0, 0]
-    assert apart(one, two) == 0
-    assert rows(one) == rows(two)
+    assert apart(one, copies) == 0
+    assert rows(one) == rows(copies)
 
 
 def test_speed_and_utilisation_are_of_all_devices(whole: RunDir) -> None:
@@ -52,7 +54,7 @@ def test_speed_and_utilisation_are_of_all_devices(whole: RunDir) -> None:
     assert device["n_devices"] == 2
     peak = 2 * device["peak_flops"]
     times = {0: 0.0}
-    for row in MetricsFile(whole.path / "metrics.csv").rows():
+    for row in MetricsFile(whole.metrics_file).rows():
         step, time_s = int(row["step"]), float(row["time_s"])
         if not row["perf/mfu"]:
             continue
@@ -66,30 +68,29 @@ def test_speed_and_utilisation_are_of_all_devices(whole: RunDir) -> None:
 
 @pytest.fixture(scope="module")
 def stopped(processes: Processes) -> RunDir:
-    """The same run, told to stop by a signal to its second process."""
-    run = processes.freeze("stopped", "model=gpt", "size=nano", "trainer=fsdp", *SMALL)
+    """The same run, asked to stop by a signal to its second process."""
+    run = processes.freeze("stopped", "model=gpt", "trainer=fsdp")
     assert processes.train(run, 2, stop=[1, 5]) == [143, 143]
     assert run.checkpoint("last").is_dir()
     return run
 
 
-def test_a_stopped_sharded_run_goes_on_to_the_same_end(
+def test_a_stopped_sharded_run_resumes_to_the_same_end(
     processes: Processes, whole: RunDir, stopped: RunDir
 ) -> None:
     processes.copy(stopped, "same")
-    same = processes.freeze("same", "model=gpt", "size=nano", "trainer=fsdp", *SMALL)
+    same = processes.freeze("same", "model=gpt", "trainer=fsdp")
     assert processes.train(same, 2) == [0, 0]
     assert apart(whole, same) == 0
     assert rows(whole) == rows(same)
 
 
-@pytest.mark.parametrize(("trainer", "n_ranks"), [("cpu", 1), ("ddp", 2)])
-def test_a_stopped_sharded_run_goes_on_by_any_other_strategy(
-    processes: Processes, whole: RunDir, stopped: RunDir, trainer: str, n_ranks: int
+def test_a_stopped_sharded_run_resumes_by_another_strategy(
+    processes: Processes, whole: RunDir, stopped: RunDir
 ) -> None:
-    processes.copy(stopped, trainer)
-    other = processes.freeze(trainer, "model=gpt", "size=nano", f"trainer={trainer}", *SMALL)
-    assert processes.train(other, n_ranks) == [0] * n_ranks
+    processes.copy(stopped, "other")
+    other = processes.freeze("other", "model=gpt", "trainer=ddp")
+    assert processes.train(other, 2) == [0, 0]
     assert apart(whole, other, key_biases=False) < 1e-6
     for a, b in zip(rows(whole), rows(other), strict=True):
         assert a.keys() == b.keys()
@@ -106,16 +107,14 @@ def test_a_stopped_sharded_run_can_be_evaluated(stopped: RunDir) -> None:
     assert all(float(state["step"]) == 5 for state in weights.values())
 
 
-def test_a_process_that_dies_ends_the_run_and_the_next_start_goes_on(
+def test_a_process_that_dies_ends_the_run_and_the_next_start_resumes(
     processes: Processes, whole: RunDir
 ) -> None:
     run = processes.freeze(
         "killed",
         "model=gpt",
-        "size=nano",
         "trainer=fsdp",
         "execution.checkpoint_every_min=1e-9",
-        *SMALL,
     )
     first, second = processes.train(run, 2, kill=[1, 6])
     assert first == 1
@@ -128,7 +127,7 @@ def test_a_process_that_dies_ends_the_run_and_the_next_start_goes_on(
     assert rows(whole) == rows(run)
 
 
-def test_a_file_of_a_shard_that_was_changed_is_noticed(stopped: RunDir, tmp_path: Path) -> None:
+def test_a_file_of_a_shard_that_was_changed_is_noticed(stopped: RunDir) -> None:
     shard = stopped.checkpoint("last") / "rank-1-of-2.pt"
     content = shard.read_bytes()
     try:
@@ -137,3 +136,12 @@ def test_a_file_of_a_shard_that_was_changed_is_noticed(stopped: RunDir, tmp_path
             load_model(stopped, "last")
     finally:
         shard.write_bytes(content)
+
+
+def test_lightning_starts_its_processes_itself(processes: Processes, copies: RunDir) -> None:
+    given = processes.overrides("command", "model=rwkv4", "trainer=ddp")
+    train = [sys.executable, "-m", "experiments.train", *given, "execution.trainer.devices=2"]
+    subprocess.run(train, cwd=ROOT, env=processes.environment, check=True)
+    (path,) = (processes.folder / "command").glob("*/*/*/result.json")
+    assert apart(copies, RunDir(path.parent)) == 0
+    assert rows(copies) == rows(RunDir(path.parent))

@@ -110,7 +110,7 @@ def test_without_its_list_a_checkpoint_can_be_read(
     assert checkpoint_to_resume(folder) == folder / PREVIOUS
     save(folder, 3)
     assert is_whole(folder / LAST)
-    assert is_whole(folder / PREVIOUS) is None  # nothing is known of it, and nothing is claimed
+    assert is_whole(folder / PREVIOUS) is None  # nothing is known of it
 
 
 @pytest.mark.slow

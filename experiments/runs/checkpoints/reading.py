@@ -1,4 +1,4 @@
-"""Reading checkpoints, whole or in shards, without running any code of theirs."""
+"""Reading checkpoints, whole or in shards, without running any code in them."""
 
 import re
 from collections.abc import Callable
