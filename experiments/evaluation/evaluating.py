@@ -81,7 +81,7 @@ class Evaluation:
     def score(self, run: RunDir) -> Contents:
         """Score a run on every task; the content of its result files by task name.
 
-        What fails is printed and noted in `failures`; the rest goes on.
+        What fails is printed and noted in `failures`; the rest continues.
         """
         contents: Contents = {}
         try:
@@ -93,7 +93,7 @@ class Evaluation:
         for name in self.tasks.names:
             try:
                 contents |= self._score_task(run, lm, name, weights)
-            except Exception as error:  # whatever a task or a device can throw: the others go on
+            except Exception as error:  # whatever a task or a device can throw: the others continue
                 self._fail(f"{run.path} {name}", error)
         return contents
 

@@ -1,4 +1,4 @@
-"""What the lm-eval adapter is told: a task's generation options, the prefix, the rolling window."""
+"""What the lm-eval adapter is given: a task's generation options, the prefix, the rolling window."""
 
 from typing import Any, NamedTuple
 
