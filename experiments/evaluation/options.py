@@ -1,4 +1,4 @@
-"""What the lm-eval adapter is given: a task's generation options, the prefix, the rolling window."""
+"""Options of the lm-eval adapter: a task's generation options, the prefix, the rolling window."""
 
 from typing import Any, NamedTuple
 
